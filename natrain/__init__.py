@@ -1,3 +1,7 @@
 """natrain: train, fine-tune and ablate Neighborhood Attention Transformers on JIT-compiled kernels."""
 
+from natrain.ops import *  # noqa: F403
+from natrain.ops import __all__ as _operators
+
 __version__ = "0.1.0"
+__all__ = ["__version__", *_operators]

@@ -1,0 +1,233 @@
+"""The public functions: check and canonicalise the arguments, then call one operator.
+
+Layout: heads last. q, k, v are ``[B, x, heads, head_dim]``, ``[B, y, x, heads, head_dim]`` or
+``[B, z, y, x, heads, head_dim]`` for rank 1, 2, 3. K, the number of neighbours, is the product of ``kernel_size``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from natrain.errors import invalid
+from natrain.ops.dropout import draw_seed
+from natrain.ops.library import Run, ops
+from natrain.ops.problem import (
+    AXES,
+    Problem,
+    check_dropout,
+    check_heads_last,
+    check_rpb,
+    check_same,
+    check_scale,
+    check_window,
+)
+from natrain.ops.registry import Explanation, explain_problem, get_kernel
+
+_ARGUMENTS = """
+        kernel_size: neighbours per axis, int or tuple of {na_dim}, >= 1; even sizes 2r take r before, itself, r-1 after.
+        dilation: tokens between neighbouring keys per axis, >= 1; kernel_size * dilation <= length of the axis.
+        stride: queries of one stride group share a window, 1 <= stride <= kernel_size; 1 is standard.
+        is_causal: per axis, keys after the query are left out.
+"""
+_RPB = "rpb: relative position bias [heads, {rpb_shape}], q's dtype or float32; index = key - query + kernel_size - 1."
+_KERNEL = 'kernel: "auto", or a name of ``natrain.list_kernels()``; a named kernel is never replaced, it raises.'
+_ATTENTION = (
+    _ARGUMENTS
+    + """        {rpb}
+        scale: factor on q.k before the bias; default head_dim ** -0.5.
+        dropout_p: probability in [0, 1) of dropping a key; the caller passes 0 in evaluation.
+        return_lse: also return the natural log of the sum of exp(scores), differentiable.
+        {kernel}
+
+    Returns:
+        out [B, {axes}, heads, head_dim], and with ``return_lse`` lse [B, {axes}, heads] float32 (float64 for it).
+
+    Raises:
+        ValueError: an argument is not allowed, or no kernel supports the problem.
+
+    Source: Neighborhood Attention Transformer (arXiv 2204.07143, equations 1 to 3) with dilation (arXiv 2209.15001),
+    causal masking (arXiv 2403.04690) and stride (arXiv 2504.16922).
+    """
+)
+
+
+def _check_kernel(kernel: str) -> str:
+    if kernel != "auto":
+        get_kernel(kernel)
+    return kernel
+
+
+def _attend(q: Tensor, tensors: tuple[Tensor, ...], rpb, dropout_p, return_lse, run: Run):
+    seed = draw_seed(q.device) if dropout_p > 0 else None
+    op = ops.attention if len(tensors) == 3 else ops.attention_qkvpacked
+    out, lse = op(*tensors, rpb, seed, *run.args)
+    return (out, lse) if return_lse else out
+
+
+def _run_of(q: Tensor, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel) -> Run:
+    window = check_window(q.shape[1:-2], kernel_size, dilation, stride, is_causal)
+    check_rpb(rpb, q, window)
+    return Run(window, check_scale(scale, q.shape[-1]), check_dropout(dropout_p), _check_kernel(kernel))
+
+
+def _make(na_dim: int) -> dict[str, Callable]:
+    """The functions of one rank."""
+    axes = ", ".join(AXES[na_dim])
+    text = {"na_dim": na_dim, "axes": axes, "kernel": _KERNEL}
+    text["rpb"] = _RPB.format(rpb_shape=", ".join(f"2 * k_{axis} - 1" for axis in AXES[na_dim]))
+
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        kernel_size: int | tuple[int, ...],
+        dilation: int | tuple[int, ...] = 1,
+        stride: int | tuple[int, ...] = 1,
+        is_causal: bool | tuple[bool, ...] = False,
+        rpb: Tensor | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        return_lse: bool = False,
+        kernel: str = "auto",
+    ) -> Any:
+        check_heads_last("q", q, na_dim)
+        for name, tensor in (("k", k), ("v", v)):
+            check_heads_last(name, tensor, na_dim)
+            check_same(name, tensor, q)
+        run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel)
+        return _attend(q, (q, k, v), rpb, dropout_p, return_lse, run)
+
+    def attention_qkvpacked(
+        qkv: Tensor,
+        kernel_size: int | tuple[int, ...],
+        dilation: int | tuple[int, ...] = 1,
+        stride: int | tuple[int, ...] = 1,
+        is_causal: bool | tuple[bool, ...] = False,
+        rpb: Tensor | None = None,
+        scale: float | None = None,
+        dropout_p: float = 0.0,
+        return_lse: bool = False,
+        kernel: str = "auto",
+    ) -> Any:
+        check_heads_last("qkv", qkv, na_dim, extra="3, ")
+        if qkv.shape[-3] != 3:
+            raise invalid(
+                "qkv.shape", tuple(qkv.shape), f"[B, {axes}, 3, heads, head_dim]", "qkv.unflatten(-1, (3, heads, -1))"
+            )
+        q = qkv.select(-3, 0)
+        run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel)
+        return _attend(q, (qkv,), rpb, dropout_p, return_lse, run)
+
+    def qk(
+        q: Tensor,
+        k: Tensor,
+        kernel_size: int | tuple[int, ...],
+        dilation: int | tuple[int, ...] = 1,
+        stride: int | tuple[int, ...] = 1,
+        is_causal: bool | tuple[bool, ...] = False,
+        rpb: Tensor | None = None,
+        scale: float | None = None,
+        kernel: str = "auto",
+    ) -> Tensor:
+        check_heads_last("q", q, na_dim)
+        check_heads_last("k", k, na_dim)
+        check_same("k", k, q)
+        run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, 0.0, kernel)
+        return ops.qk(q, k, rpb, *run.window_args, run.scale, -math.inf, run.kernel)
+
+    def av(
+        probs: Tensor,
+        v: Tensor,
+        kernel_size: int | tuple[int, ...],
+        dilation: int | tuple[int, ...] = 1,
+        stride: int | tuple[int, ...] = 1,
+        is_causal: bool | tuple[bool, ...] = False,
+        kernel: str = "auto",
+    ) -> Tensor:
+        check_heads_last("v", v, na_dim)
+        run = _run_of(v, kernel_size, dilation, stride, is_causal, None, None, 0.0, kernel)
+        if not isinstance(probs, Tensor):
+            raise invalid("probs", type(probs).__name__, "a torch.Tensor", "probs=scores.softmax(-1)")
+        check_same("probs", probs, v, (*v.shape[:-1], run.window.num_neighbors))
+        return ops.av(probs, v, *run.window_args, run.kernel)
+
+    documents = {
+        attention: f"""Neighborhood attention of rank {na_dim}: every query attends to its nearest keys.
+
+    Args:
+        q, k, v: [B, {axes}, heads, head_dim], one floating dtype, one device, any strides."""
+        + _ATTENTION.format(**text),
+        attention_qkvpacked: f"""``na{na_dim}d`` on the packed output of a qkv projection, with one packed gradient.
+
+    Args:
+        qkv: [B, {axes}, 3, heads, head_dim], a floating dtype; read in place."""
+        + _ATTENTION.format(**text),
+        qk: f"""Scores of rank {na_dim}: scale * q.k + rpb of every query with each of its neighbours.
+
+    Args:
+        q, k: [B, {axes}, heads, head_dim]."""
+        + _ARGUMENTS.format(**text)
+        + f"""        {text["rpb"]}
+        scale: factor on q.k before the bias; default head_dim ** -0.5.
+        {_KERNEL}
+
+    Returns:
+        scores [B, {axes}, heads, K] in q's dtype, K in row-major order of the window from its start; a slot that a
+        causal query lacks holds -inf.
+
+    Raises:
+        ValueError: an argument is not allowed, or no kernel supports the problem.
+    """,
+        av: f"""Weighted sum of rank {na_dim}: probs times the values of every query's neighbours.
+
+    Args:
+        probs: [B, {axes}, heads, K] in v's dtype, in the order of ``na{na_dim}d_qk``; slots that a causal query lacks
+            are ignored.
+        v: [B, {axes}, heads, head_dim]."""
+        + _ARGUMENTS.format(**text)
+        + f"""        {_KERNEL}
+
+    Returns:
+        out [B, {axes}, heads, head_dim] in v's dtype.
+
+    Raises:
+        ValueError: an argument is not allowed, or no kernel supports the problem.
+    """,
+    }
+    suffixes = {attention: "", attention_qkvpacked: "_qkvpacked", qk: "_qk", av: "_av"}
+    for function, suffix in suffixes.items():
+        function.__name__ = function.__qualname__ = f"na{na_dim}d{suffix}"
+        function.__doc__ = documents[function]
+    return {function.__name__: function for function in suffixes}
+
+
+_FUNCTIONS = {name: function for na_dim in AXES for name, function in _make(na_dim).items()}
+na1d, na1d_qkvpacked, na1d_qk, na1d_av = (_FUNCTIONS[f"na1d{s}"] for s in ("", "_qkvpacked", "_qk", "_av"))
+na2d, na2d_qkvpacked, na2d_qk, na2d_av = (_FUNCTIONS[f"na2d{s}"] for s in ("", "_qkvpacked", "_qk", "_av"))
+na3d, na3d_qkvpacked, na3d_qk, na3d_av = (_FUNCTIONS[f"na3d{s}"] for s in ("", "_qkvpacked", "_qk", "_av"))
+
+
+def explain(problem: Problem | Tensor, *args: Any, **kwargs: Any) -> Explanation:
+    """Which kernel ``kernel="auto"`` takes and why every other one is passed over; print the result.
+
+    Call it with a ``Problem``, or exactly as you call ``na1d``, ``na2d`` or ``na3d`` (rank is read off ``q``).
+    """
+    if isinstance(problem, Problem):
+        return explain_problem(problem)
+    return explain_problem(_problem(problem, *args, **kwargs))
+
+
+def _problem(
+    q, k, v, kernel_size, dilation=1, stride=1, is_causal=False, rpb=None, scale=None, dropout_p=0.0, **_
+) -> Problem:
+    if not isinstance(q, Tensor) or q.dim() - 3 not in AXES:
+        raise invalid(
+            "q", q, "a Problem, or [B, *spatial, heads, head_dim] with 1 to 3 spatial axes", "explain(q, ...)"
+        )
+    run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, "auto")
+    needs_grad = any(t is not None and t.requires_grad for t in (q, k, v, rpb))
+    return run.problem(q, rpb, needs_grad=needs_grad)

@@ -1,0 +1,204 @@
+"""The oracle: neighborhood attention in plain PyTorch, any device and dtype, differentiated by torch itself.
+
+Keys and values are gathered, never masked densely, so that a NaN or inf reaches only queries whose window holds it.
+16-bit inputs are computed in float32. Shapes: B batch, S spatial axes, N heads, D head_dim, K neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from natrain.ops.dropout import keep_mask
+from natrain.ops.problem import Problem, Window
+from natrain.ops.registry import Kernel, Limits, register
+from natrain.ops.window import AxisWindow, axis_window
+
+# Above this many bytes of gathered keys (or values) the work is cut into chunks that backward recomputes.
+GATHER_BUDGET_BYTES = 256 * 2**20
+
+_QUERY_AXES, _SLOT_AXES = "xyz", "ijk"
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of scores, softmax and lse for inputs of ``dtype``."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _axis_windows(spatial: tuple[int, ...], window: Window, device: torch.device) -> list[AxisWindow]:
+    axes = zip(spatial, window.kernel_size, window.dilation, window.stride, window.is_causal, strict=True)
+    return [axis_window(*axis, device=device) for axis in axes]
+
+
+def _gather(x: Tensor, indices: list[Tensor]) -> Tensor:
+    """[B, *S, ...] -> [B, S1, k1, S2, k2, ..., ...] with ``indices`` [S_a, k_a] along each spatial axis."""
+    for axis, index in enumerate(indices):
+        x = x.index_select(1 + 2 * axis, index.reshape(-1)).unflatten(1 + 2 * axis, index.shape)
+    return x
+
+
+def _letters(na_dim: int) -> tuple[str, str, str]:
+    """Einsum subscripts of queries, window slots, and gathered keys, without batch, heads and head_dim."""
+    queries, slots = _QUERY_AXES[:na_dim], _SLOT_AXES[:na_dim]
+    return queries, slots, "".join(q + s for q, s in zip(queries, slots, strict=True))
+
+
+def _slot_mask(axes: list[AxisWindow]) -> Tensor | None:
+    """bool [*S, 1 (heads), K] of the slots that are neighbours; None when all are."""
+    if all(axis.valid is None for axis in axes):
+        return None
+    na_dim = len(axes)
+    mask = torch.ones((), dtype=torch.bool, device=axes[0].keys.device)
+    for index, axis in enumerate(axes):
+        valid = axis.valid if axis.valid is not None else torch.ones_like(axis.keys, dtype=torch.bool)
+        shape = [1] * (2 * na_dim + 1)
+        shape[index], shape[na_dim + 1 + index] = valid.shape
+        mask = mask & valid.view(shape)
+    return mask.flatten(-na_dim)
+
+
+def _scores(q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, axes: list[AxisWindow]) -> Tensor:
+    """scale * q.k + rpb, [B, *S, N, K]; slots that are no neighbours hold -inf."""
+    na_dim = len(axes)
+    queries, slots, gathered = _letters(na_dim)
+    k_neighbors = _gather(k, [axis.keys for axis in axes])
+    scores = torch.einsum(f"b{queries}nd,b{gathered}nd->b{queries}n{slots}", q * scale, k_neighbors)
+    if rpb is not None:
+        bias = _gather(rpb.to(q.dtype), [axis.bias for axis in axes])
+        scores = scores + torch.einsum(f"n{gathered}->{queries}n{slots}", bias)
+    scores = scores.flatten(-na_dim)
+    mask = _slot_mask(axes)
+    return scores if mask is None else scores.masked_fill(~mask, -math.inf)
+
+
+def _weighted_sum(probs: Tensor, v: Tensor, axes: list[AxisWindow]) -> Tensor:
+    """sum of probs [B, *S, N, K] times values over the neighbours: [B, *S, N, D]."""
+    na_dim = len(axes)
+    queries, slots, gathered = _letters(na_dim)
+    mask = _slot_mask(axes)
+    if mask is not None:
+        probs = probs.masked_fill(~mask, 0.0)
+    probs = probs.unflatten(-1, tuple(axis.keys.shape[1] for axis in axes))
+    v_neighbors = _gather(v, [axis.keys for axis in axes])
+    return torch.einsum(f"b{queries}n{slots},b{gathered}nd->b{queries}nd", probs, v_neighbors)
+
+
+def _chunks(q: Tensor, window: Window) -> Iterator[tuple[slice, slice]]:
+    """Slices of the batch and of the first spatial axis whose gathered keys stay within the budget each.
+
+    Traced shapes (torch.compile with dynamic sizes) are never cut: a loop count cannot be symbolic, and a compiled
+    graph plans its own memory.
+    """
+    batch, rows = q.shape[:2]
+    if any(isinstance(size, torch.SymInt) for size in q.shape):
+        yield slice(None), slice(None)
+        return
+    row_bytes = math.prod(q.shape[2:]) * window.num_neighbors * accumulate_dtype(q.dtype).itemsize
+    rows_fit = max(1, GATHER_BUDGET_BYTES // max(row_bytes, 1))
+    images_step = max(1, rows_fit // max(rows, 1))
+    rows_step = max(1, rows if images_step > 1 else min(rows, rows_fit))
+    for image in range(0, max(batch, 1), images_step):
+        for row in range(0, max(rows, 1), rows_step):
+            yield slice(image, min(image + images_step, batch)), slice(row, min(row + rows_step, rows))
+
+
+def _run_chunks(q: Tensor, window: Window, compute: Callable[[slice, slice], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Run ``compute(images, rows)`` on every chunk and join its outputs; several chunks are checkpointed."""
+    chunks = list(_chunks(q, window))
+    if len(chunks) == 1:
+        return list(compute(*chunks[0]))
+    by_image: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
+    for images, rows in chunks:
+        if torch.is_grad_enabled():
+            outputs = checkpoint(compute, images, rows, use_reentrant=False, preserve_rng_state=False)
+        else:
+            outputs = compute(images, rows)
+        by_image.setdefault((images.start, images.stop), []).append(outputs)
+    joined = [[torch.cat(parts, dim=1) for parts in zip(*rows, strict=True)] for rows in by_image.values()]
+    return [torch.cat(parts, dim=0) for parts in zip(*joined, strict=True)]
+
+
+def dropout(probs: Tensor, seed: Tensor, dropout_p: float, shape: torch.Size, images: slice, rows: slice) -> Tensor:
+    """Drop from ``probs``, those of the chunk ``(images, rows)`` of a problem whose q has ``shape``; rescale the rest."""
+    batch, *spatial, heads, _ = shape
+    tokens = math.prod(spatial)
+    query = torch.arange(tokens, device=probs.device).view(spatial)[rows].unsqueeze(-1)
+    image = torch.arange(batch, device=probs.device)[images].view(-1, *[1] * (len(spatial) + 1))
+    head = torch.arange(heads, device=probs.device)
+    keep = keep_mask(seed, (image * heads + head) * tokens + query, probs.shape[-1], dropout_p)
+    return torch.where(keep, probs / (1 - dropout_p), 0.0)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    seed: Tensor | None,
+    window: Window,
+    scale: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """``(out [B, *S, N, D], lse [B, *S, N])``; see ``natrain.na2d`` for the arguments."""
+    dtype = accumulate_dtype(q.dtype)
+    axes = _axis_windows(tuple(q.shape[1:-2]), window, q.device)
+    qf, kf, vf = (x.to(dtype) for x in (q, k, v))
+
+    def compute(images: slice, rows: slice) -> tuple[Tensor, Tensor]:
+        own = [axes[0].of(rows), *axes[1:]]
+        scores = _scores(qf[images, rows], kf[images], rpb, scale, own)
+        lse = torch.logsumexp(scores, dim=-1)
+        probs = torch.softmax(scores, dim=-1)
+        if seed is not None:
+            probs = dropout(probs, seed, dropout_p, q.shape, images, rows)
+        return _weighted_sum(probs, vf[images], own), lse
+
+    out, lse = _run_chunks(q, window, compute)
+    return out.to(q.dtype), lse
+
+
+def qk(q: Tensor, k: Tensor, rpb: Tensor | None, window: Window, scale: float) -> Tensor:
+    """Scores [B, *S, N, K] in q's dtype."""
+    dtype = accumulate_dtype(q.dtype)
+    axes = _axis_windows(tuple(q.shape[1:-2]), window, q.device)
+    qf, kf = q.to(dtype), k.to(dtype)
+
+    def compute(images: slice, rows: slice) -> tuple[Tensor]:
+        own = [axes[0].of(rows), *axes[1:]]
+        return (_scores(qf[images, rows], kf[images], rpb, scale, own),)
+
+    (scores,) = _run_chunks(q, window, compute)
+    return scores.to(q.dtype)
+
+
+def av(probs: Tensor, v: Tensor, window: Window) -> Tensor:
+    """sum probs * v: [B, *S, N, D] in v's dtype."""
+    dtype = accumulate_dtype(v.dtype)
+    axes = _axis_windows(tuple(v.shape[1:-2]), window, v.device)
+    pf, vf = probs.to(dtype), v.to(dtype)
+
+    def compute(images: slice, rows: slice) -> tuple[Tensor]:
+        own = [axes[0].of(rows), *axes[1:]]
+        return (_weighted_sum(pf[images, rows], vf[images], own),)
+
+    (out,) = _run_chunks(v, window, compute)
+    return out.to(v.dtype)
+
+
+class ReferenceKernel(Kernel):
+    """Dispatched by composition: torch differentiates it, to any order and in forward mode."""
+
+    name = "reference"
+    summary = "plain PyTorch, the oracle; any device and dtype, derivatives of any order"
+    priority = 100
+    limits = Limits(unfused=True, double_backward=True, forward_ad=True)
+
+    def extra_reasons(self, problem: Problem) -> list[str]:
+        return []
+
+
+register(ReferenceKernel())
