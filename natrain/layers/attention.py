@@ -1,0 +1,213 @@
+"""Attention layers: neighborhood attention of rank 1, 2 and 3, and global attention with the same bias.
+
+Legend: B batch, Z Y X spatial axes, C channels, N heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from natrain.errors import invalid
+from natrain.layers.padding import check_na_padding, fit_window
+from natrain.ops import na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
+from natrain.ops.problem import check_dropout, check_window
+from natrain.ops.registry import get_kernel
+
+
+def head_dim_of(dim: int, num_heads: int) -> int:
+    """Channels of a head; ``dim`` must be a multiple of ``num_heads``."""
+    if num_heads < 1 or dim % num_heads:
+        raise invalid("num_heads", num_heads, f"a divisor of dim ({dim})", f"num_heads={max(1, dim // 32)}")
+    return dim // num_heads
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Self-attention of each token to its neighbourhood (NAT, 2204.07143, section 3.1; DiNAT, 2209.15001, section 3.1).
+
+    Input and output ``[B, *spatial, dim]``. Parameters: ``qkv``, ``proj`` (linear) and ``rpb``
+    ``[num_heads, 2 * kernel_size - 1 per axis]``, named as in the published checkpoints.
+
+    Args:
+        dim: channels C.
+        num_heads: heads N; a divisor of ``dim``.
+        kernel_size: tokens per axis, int or one per axis.
+        dilation: gap between neighbouring keys, int or one per axis.
+        stride: queries that share a window, int or one per axis; 1 is standard, ``kernel_size`` blocked attention.
+        is_causal: bool or one per axis.
+        qkv_bias: give the qkv projection a bias.
+        rel_pos_bias: learn a relative position bias, shared across dilation groups.
+        scale: factor on q.k; None means head_dim ** -0.5.
+        attn_drop: dropout on the attention probabilities, in training only.
+        proj_drop: dropout after the output projection, in training only.
+        kernel: the kernel that computes it, by name; ``natrain.ops.list_kernels()`` knows them.
+        na_padding: what to do where an axis is shorter than kernel_size * dilation; see ``natrain.layers.padding``.
+
+    Raises:
+        ValueError: an argument out of range (construction); an axis too short under ``na_padding="raise"`` (forward).
+    """
+
+    na_dim: int
+    attend: Callable[..., Tensor]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int],
+        dilation: int | Sequence[int] = 1,
+        stride: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        qkv_bias: bool = True,
+        rel_pos_bias: bool = True,
+        scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        kernel: str = "auto",
+        na_padding: str = "raise",
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(dim, num_heads)
+        self.window = check_window((sys.maxsize,) * self.na_dim, kernel_size, dilation, stride, is_causal)
+        self.scale = scale
+        self.attn_drop = check_dropout(attn_drop)
+        if kernel != "auto":
+            get_kernel(kernel)
+        self.kernel = kernel
+        self.na_padding = check_na_padding(na_padding)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb = nn.Parameter(torch.zeros(num_heads, *self.window.rpb_shape)) if rel_pos_bias else None
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        if rel_pos_bias:
+            trunc_normal_(self.rpb, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = x.shape[1:-1]
+        if len(lengths) != self.na_dim:
+            raise invalid("x.shape", tuple(x.shape), f"[B, {self.na_dim} spatial axes, C]", "the layer of another rank")
+        fit = fit_window(lengths, self.window, self.na_padding)
+        padded = any(fit.pad)
+        if padded:
+            x = F.pad(x, [0, 0] + [n for pad in reversed(fit.pad) for n in (0, pad)])
+        out = self.attend(
+            self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)),
+            kernel_size=fit.kernel_size,
+            dilation=fit.dilation,
+            stride=fit.stride,
+            is_causal=self.window.is_causal,
+            rpb=self._rpb_of(fit.kernel_size),
+            scale=self.scale,
+            dropout_p=self.attn_drop if self.training else 0.0,
+            kernel=self.kernel,
+        ).flatten(-2)
+        if padded:
+            out = out[(slice(None), *(slice(length) for length in lengths))]
+        return self.proj_drop(self.proj(out))
+
+    def _rpb_of(self, kernel_size: tuple[int, ...]) -> Tensor | None:
+        """The part of ``rpb`` that a (smaller) window uses: equal offsets keep equal biases."""
+        if self.rpb is None or kernel_size == self.window.kernel_size:
+            return self.rpb
+        ends = zip(self.window.kernel_size, kernel_size, strict=True)
+        return self.rpb[(slice(None), *(slice(full - used, full + used - 1) for full, used in ends))]
+
+    def extra_repr(self) -> str:
+        window = self.window
+        parts = [f"heads={self.num_heads}, kernel_size={window.kernel_size}, dilation={window.dilation}"]
+        if max(window.stride) > 1:
+            parts.append(f"stride={window.stride}")
+        if any(window.is_causal):
+            parts.append(f"is_causal={window.is_causal}")
+        return ", ".join([*parts, f"kernel={self.kernel!r}, na_padding={self.na_padding!r}"])
+
+
+class NeighborhoodAttention1d(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    na_dim = 1
+    attend = staticmethod(na1d_qkvpacked)
+
+
+class NeighborhoodAttention2d(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    na_dim = 2
+    attend = staticmethod(na2d_qkvpacked)
+
+
+class NeighborhoodAttention3d(_NeighborhoodAttention):
+    __doc__ = _NeighborhoodAttention.__doc__
+    na_dim = 3
+    attend = staticmethod(na3d_qkvpacked)
+
+
+class GlobalAttention2d(nn.Module):
+    """Attention of every token to every token of a fixed map, with a relative position bias (ViT-rpb of 2209.15001).
+
+    Input and output ``[B, Y, X, dim]`` with ``(Y, X) == input_size``. It is neighborhood attention with a kernel as
+    large as the map, computed by PyTorch's scaled_dot_product_attention. Parameters ``qkv``, ``proj``, ``rpb``
+    ``[num_heads, 2Y-1, 2X-1]``; buffer ``relative_position_index`` ``[YX, YX]`` (flat index into rpb of each query and
+    key), which the published checkpoints hold.
+
+    Raises:
+        ValueError: ``dim`` is no multiple of ``num_heads``; a map of another size (forward).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        input_size: tuple[int, int],
+        qkv_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = head_dim_of(dim, num_heads)
+        self.input_size = tuple(input_size)
+        self.attn_drop = check_dropout(attn_drop)
+        height, width = self.input_size
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * height - 1, 2 * width - 1))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.register_buffer("relative_position_index", self._index(height, width))
+        trunc_normal_(self.rpb, std=0.02)
+
+    @staticmethod
+    def _index(height: int, width: int) -> Tensor:
+        y, x = torch.arange(height), torch.arange(width)
+        offset_y = (y[None, :] - y[:, None] + height - 1)[:, None, :, None]
+        offset_x = (x[None, :] - x[:, None] + width - 1)[None, :, None, :]
+        return (offset_y * (2 * width - 1) + offset_x).reshape(height * width, height * width)
+
+    def forward(self, x_BYXC: Tensor) -> Tensor:
+        if tuple(x_BYXC.shape[1:3]) != self.input_size:
+            raise invalid(
+                "input size (tokens per axis)",
+                tuple(x_BYXC.shape[1:3]),
+                f"{self.input_size}: global attention's bias belongs to one map size",
+                "img_size=... when the model is created, or resized images",
+            )
+        q_BNTD, k_BNTD, v_BNTD = (
+            self.qkv(x_BYXC).flatten(1, 2).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        )
+        bias_NTT = self.rpb.flatten(1)[:, self.relative_position_index]
+        out_BNTD = F.scaled_dot_product_attention(
+            q_BNTD,
+            k_BNTD,
+            v_BNTD,
+            attn_mask=bias_NTT.to(q_BNTD.dtype)[None],
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        out_BYXC = out_BNTD.transpose(1, 2).flatten(-2).unflatten(1, self.input_size)
+        return self.proj_drop(self.proj(out_BYXC))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.num_heads}, input_size={self.input_size}"

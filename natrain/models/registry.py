@@ -1,0 +1,75 @@
+"""How a variant becomes a timm model: registration, metadata, one error for weights and arguments that do not exist."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from torch import nn
+
+from natrain.errors import invalid, nearest
+
+_names: list[str] = []
+# Arguments that timm's builder takes out before the model sees the rest.
+_BUILDER = {*inspect.signature(build_model_with_cfg).parameters, "features_only", "out_indices", "feature_cls"}
+
+
+def register(entry: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register ``entry`` with timm under its name, with its module's ``default_cfgs``, and list it as ours."""
+    _names.append(entry.__name__)
+    return register_model(entry)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of natrain's models that match a shell pattern, sorted."""
+    return sorted(fnmatch.filter(_names, pattern))
+
+
+def imagenet_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
+    """timm's ``pretrained_cfg`` of an ImageNet variant at 224 pixels; holds no weights, since none are published."""
+    return {
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "num_classes": 1000,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": first_conv,
+        "classifier": "head",
+        **changes,
+    }
+
+
+def build(
+    cls: type[nn.Module], variant: str, pretrained: bool, architecture: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """The model ``variant``: its architecture numbers, changed by the caller's ``kwargs``, through timm's builder.
+
+    Raises:
+        ValueError: an argument neither the model nor timm knows; ``pretrained`` where no weight file is named.
+    """
+    known = {name for name in inspect.signature(cls).parameters} | _BUILDER
+    for name, value in kwargs.items():
+        if name not in known:
+            close = nearest(name, known)
+            raise invalid(
+                name, value, f"an argument of {cls.__name__} or of timm.create_model", close or "help(type(model))"
+            )
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not (cfg.has_weights or cfg.state_dict):
+            raise invalid(
+                "pretrained",
+                pretrained,
+                f"False, as no weights are published for {variant}, or True with a local file",
+                "pretrained=False, or pretrained_cfg_overlay={'file': 'PATH of a state dict'}",
+            )
+    arguments = {**architecture, **kwargs}
+    feature_cfg = {"feature_cls": "getter", "out_indices": arguments.pop("out_indices", 4)}
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **arguments)
