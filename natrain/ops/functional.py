@@ -25,10 +25,10 @@ from natrain.ops.problem import (
     check_scale,
     check_window,
 )
-from natrain.ops.registry import Explanation, explain_problem, get_kernel
+from natrain.ops.registry import Explanation, explain_problem
 
 _ARGUMENTS = """
-        kernel_size: neighbours per axis, int or tuple of {na_dim}, >= 1; even sizes 2r take r before, itself, r-1 after.
+        kernel_size: neighbours per axis, int or tuple of {na_dim}, >= 1; even sizes 2r: r before, itself, r-1 after.
         dilation: tokens between neighbouring keys per axis, >= 1; kernel_size * dilation <= length of the axis.
         stride: queries of one stride group share a window, 1 <= stride <= kernel_size; 1 is standard.
         is_causal: per axis, keys after the query are left out.
@@ -56,8 +56,9 @@ _ATTENTION = (
 
 
 def _check_kernel(kernel: str) -> str:
-    if kernel != "auto":
-        get_kernel(kernel)
+    # Whether the name exists, the operator finds out: a registry is nothing for traced code.
+    if not isinstance(kernel, str):
+        raise invalid("kernel", kernel, 'a name of natrain.list_kernels(), or "auto"', 'kernel="auto"')
     return kernel
 
 
@@ -225,9 +226,8 @@ def _problem(
     q, k, v, kernel_size, dilation=1, stride=1, is_causal=False, rpb=None, scale=None, dropout_p=0.0, **_
 ) -> Problem:
     if not isinstance(q, Tensor) or q.dim() - 3 not in AXES:
-        raise invalid(
-            "q", q, "a Problem, or [B, *spatial, heads, head_dim] with 1 to 3 spatial axes", "explain(q, ...)"
-        )
+        value = tuple(q.shape) if isinstance(q, Tensor) else q
+        raise invalid("q", value, "a Problem, or [B, *spatial, heads, head_dim] of rank 1 to 3", "explain(q, k, v, 7)")
     run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, "auto")
     needs_grad = any(t is not None and t.requires_grad for t in (q, k, v, rpb))
     return run.problem(q, rpb, needs_grad=needs_grad)

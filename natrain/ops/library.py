@@ -208,7 +208,6 @@ class _Primitive(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.run, *tensors = inputs
-        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
 
@@ -370,7 +369,7 @@ def _rpb_grad(weights, run: Run, *, autograd: bool) -> Tensor:
 
 
 def _implement(name: str, run: Callable, fake: Callable, *, cast: int, autograd: Callable | None = None) -> None:
-    """Register ``run(*args, autograd=)`` under Autograd and the backend, ``fake`` for shapes, and a cast under autocast.
+    """Register ``run(*args, autograd=)`` under Autograd and the backend, ``fake`` for shapes, a cast under autocast.
 
     ``cast``: how many leading tensors autocast casts (q, k, v: rpb keeps its precision); 0 for internal operators.
     """

@@ -80,9 +80,7 @@ class Problem:
         if any(window.is_causal):
             parts.append(f"is_causal {window.is_causal}")
         flags = [n for n in ("has_rpb", "has_dropout", "needs_grad", "deterministic", "unfused") if getattr(self, n)]
-        device = (
-            self.device if self.capability is None else f"{self.device} sm_{self.capability[0]}{self.capability[1]}"
-        )
+        device = self.device + (" sm_{}{}".format(*self.capability) if self.capability else "")
         parts.append(" ".join([str(self.dtype).removeprefix("torch."), "on", device, *flags]))
         return "; ".join(parts)
 

@@ -123,7 +123,7 @@ def _run_chunks(q: Tensor, window: Window, compute: Callable[[slice, slice], tup
 
 
 def dropout(probs: Tensor, seed: Tensor, dropout_p: float, shape: torch.Size, images: slice, rows: slice) -> Tensor:
-    """Drop from ``probs``, those of the chunk ``(images, rows)`` of a problem whose q has ``shape``; rescale the rest."""
+    """Drop from ``probs``, the chunk ``(images, rows)`` of a problem whose q has ``shape``, and rescale the rest."""
     batch, *spatial, heads, _ = shape
     tokens = math.prod(spatial)
     query = torch.arange(tokens, device=probs.device).view(spatial)[rows].unsqueeze(-1)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import entry_points
 
 import torch
@@ -265,6 +265,6 @@ def _choose(problem: Problem, name: str) -> Kernel:
 _choose_cached = lru_cache(maxsize=4096)(_choose)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _say_once(name: str, device: str) -> None:
     logger.info('kernel="auto" uses %s on %s: first in priority without a reason against it', name, device)
