@@ -49,7 +49,7 @@ setup(
     extras_require={
         "digits": ["scikit-learn>=1.4"],
         "tensorboard": ["tensorboard>=2.14"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.14", "setuptools>=69"],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.14", "setuptools>=69"],
         "dev": ["ruff>=0.8", "build"],
     },
     entry_points={"console_scripts": ["natrain = natrain.cli:main"]},

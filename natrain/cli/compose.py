@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -15,12 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 from natrain.cli.settings import Schema, Setting, config_folder, read_schema
 from natrain.errors import invalid, nearest
 
-# Settings that change where and how fast a run goes, but not what is learned: they may change when it is resumed.
+# Settings that change where and how fast a run goes, but not what is learned: the run keeps its name.
 FREE = frozenset(
     {"name", "run_dir", "overwrite", "resume", "micro_batch", "data.workers", "data.val_batch", "logger"}
     | {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "log_every_steps", "progress_bar")}
 )
-PATHS = ("run_dir", "checkpoint", "resume", "data.root")
+PATHS = ("checkpoint", "data.root")  # made absolute, since the frozen file may be read from another folder
 
 
 def is_free(key: str) -> bool:
@@ -36,8 +35,7 @@ def compose_config(overrides: list[str], config_dir: Path | None = None) -> Dict
         config_dir: a folder of the user's own ``data/``, ``recipe/``, ... yaml files.
 
     Raises:
-        ValueError: an unknown key or choice (with the nearest valid one), a value of the wrong kind, a number that is
-            not finite, a missing value.
+        ValueError: an unknown key or choice (with the nearest valid one), a value of the wrong kind, no model, no data.
     """
     if config_dir is not None and not config_dir.is_dir():
         raise invalid(
@@ -46,32 +44,37 @@ def compose_config(overrides: list[str], config_dir: Path | None = None) -> Dict
     schema = read_schema(config_dir)
     words = [_checked(word, schema) for word in overrides]
     search = [f"hydra.searchpath=['file://{config_dir.resolve()}']"] if config_dir is not None else []
-    try:
-        with initialize_config_dir(str(config_folder()), version_base="1.3"):
-            config = compose("train", overrides=[*search, *words])
-    except HydraException as error:
-        raise ValueError(str(error)) from error
-    return _completed(config, schema, words)
+    return _completed(_compose([*search, *words]), schema, words)
 
 
 def override_config(config: DictConfig, overrides: list[str]) -> DictConfig:
-    """Settings on top of a configuration that is resolved already; a new name moves the run folder with it.
+    """Settings on top of a frozen configuration; a new name moves the run folder with it.
 
     Raises:
         ValueError: as ``compose_config``; also a group choice, which only composing can honour.
     """
     schema = read_schema()
-    keys = typed_keys(overrides)
-    for group in {word.partition("=")[0] for word in overrides} & set(schema.groups):
-        raise invalid(
-            group, "...", "no group choice together with --config", f"natrain train {group}=... without --config"
-        )
+    config = OmegaConf.merge(_compose([]), config)  # a file of an older version lacks the settings added since
+    OmegaConf.set_struct(config, False)
     for word in overrides:
         override = OverridesParser.create().parse_override(_checked(word, schema))
-        OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+        key = override.key_or_group
+        if key in schema.groups:
+            fix = f"natrain train {word} without --config"
+            raise invalid(key, override.value(), "no group choice on top of a frozen configuration", fix)
+        OmegaConf.update(config, key, override.value(), force_add=True)
+    keys = typed_keys(overrides)
     if "name" in keys and "run_dir" not in keys:
         config.run_dir = str(Path(config.run_dir).parent / str(config.name))
     return _completed(config, schema, overrides)
+
+
+def _compose(words: list[str]) -> DictConfig:
+    try:
+        with initialize_config_dir(str(config_folder()), version_base="1.3"):
+            return compose("train", overrides=words)
+    except HydraException as error:
+        raise ValueError(str(error)) from error
 
 
 def leaves(config: DictConfig | dict, prefix: str = "") -> dict[str, object]:
@@ -156,11 +159,8 @@ def _completed(config: DictConfig, schema: Schema, words: list[str]) -> DictConf
         choices = ", ".join(schema.groups["data"])
         raise invalid("data", None, f"one of {choices}", "data=imagefolder data.root=DIR")
     for key in PATHS:
-        value = OmegaConf.to_container(config, resolve=False)
-        for part in key.split("."):
-            value = value[part]
-        if isinstance(value, str) and value.startswith("~"):
-            OmegaConf.update(config, key, str(Path(value).expanduser()))
+        if (value := OmegaConf.select(config, key)) is not None:
+            OmegaConf.update(config, key, str(Path(str(value)).expanduser().absolute()))
     config.name = default_name(config, words) if config.name is None else str(config.name)
     try:
         OmegaConf.resolve(config)
@@ -179,10 +179,7 @@ def default_name(config: DictConfig, words: list[str]) -> str:
 
 
 def _check_value(key: str, value: object, setting: Setting) -> None:
-    """The value's kind against the default's, its word against the choices, numbers finite."""
-    numbers = value if isinstance(value, list) else [value]
-    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-        raise invalid(key, value, "finite numbers", f"{key}={setting.default_text}")
+    """The value's kind against the default's, its word against the choices; training checks ranges."""
     if key != setting.key or value == "???" or (isinstance(value, str) and "${" in value):
         return
     if value is None:

@@ -22,15 +22,15 @@ def run(arguments: argparse.Namespace) -> int:
     from natrain.data import build_eval_transform
     from natrain.training import load_for_inference
 
-    loaded = load_for_inference(arguments.checkpoint)
-    if not 1 <= arguments.topk:
+    if arguments.topk < 1:
         raise invalid("--topk", arguments.topk, "a whole number >= 1", "--topk 5")
+    loaded = load_for_inference(arguments.checkpoint)
     topk = min(arguments.topk, len(loaded.class_names))
     transform = build_eval_transform(loaded.input)
     failed = False
     for path in arguments.images:
         try:
-            image = transform(_open(path))
+            image = transform(_read(path))
         except ValueError as error:
             print(f"natrain: error: {error}", file=sys.stderr)
             failed = True
@@ -43,23 +43,21 @@ def run(arguments: argparse.Namespace) -> int:
     return int(failed)
 
 
-def _open(path: Path):
+def _read(path: Path):
     """The decoded image.
 
     Raises:
         ValueError: a folder, no such file, or not an image that can be read to its end.
     """
-    from PIL import Image, UnidentifiedImageError
+    from natrain.data.images import UnreadableImage, decode
 
     if path.is_dir():
-        raise invalid("IMAGE", str(path), "a file; this is a folder", f"natrain predict {path}/*")
+        raise invalid("IMAGE", str(path), "a file; this is a folder", f"natrain predict {path}/*.jpg")
+    if not path.is_file():
+        raise invalid("IMAGE", str(path), "a file; there is none", f"ls {path.parent}")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except UnidentifiedImageError as error:
-        raise invalid("IMAGE", str(path), "an image that Pillow can read", "a JPEG or PNG file") from error
-    except OSError as error:
+        return decode(path, "RGB")
+    except UnreadableImage as error:
         raise invalid(
-            "IMAGE", str(path), f"a file that can be read ({error.strerror or error})", "another file"
+            "IMAGE", str(path), f"an image that Pillow can read ({error})", "a whole JPEG or PNG file"
         ) from error

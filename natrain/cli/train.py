@@ -19,9 +19,14 @@ EXAMPLES = """examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, listed below")
-    parser.add_argument("--config-dir", type=Path, help="folder of your own data/, recipe/, ... yaml files")
+    add_composition(parser)
     parser.add_argument("--config", type=Path, help="config.yaml of a run folder, instead of composing")
+
+
+def add_composition(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every command that composes a configuration."""
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings; `natrain train --help` lists them")
+    parser.add_argument("--config-dir", type=Path, help="folder of your own data/, recipe/, ... yaml files")
 
 
 def epilog() -> str:
@@ -31,25 +36,20 @@ def epilog() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from natrain.cli.check import check_names
-    from natrain.cli.compose import compose_config, override_config, typed_keys
-    from natrain.cli.rundir import claim, load_frozen
+    from natrain.cli.compose import compose_config, override_config
+    from natrain.cli.frozen import load_frozen, requeued
 
     if arguments.config is not None:
         config = override_config(load_frozen(arguments.config), arguments.overrides)
     else:
-        config = compose_config(arguments.overrides, arguments.config_dir)
-    check_names(config)
-    config, frozen = claim(config, typed_keys(arguments.overrides))
-    # Lightning starts one process per further device by repeating the command line: it shall read the frozen file.
-    sys.argv[1:] = ["train", "--config", str(frozen.resolve())]
+        config = requeued(compose_config(arguments.overrides, arguments.config_dir), arguments.overrides)
 
     from natrain.training import train
 
     result = train(config)
     print(f"accuracy: {_percent(result)}")
-    print(f"run folder: {result.run_dir}")
-    print(f"evaluate: {shlex.join([*_program(), 'eval', f'checkpoint={result.checkpoint}'])}")
+    print(f"run folder: {Path(result.run_dir).resolve()}")
+    print(f"evaluate: {shlex.join([*_program(), 'eval', f'checkpoint={Path(result.checkpoint).resolve()}'])}")
     return 0
 
 
@@ -59,6 +59,6 @@ def _percent(result: object) -> str:
 
 
 def _program() -> list[str]:
-    """The words that start natrain again from this folder."""
+    """The words that start natrain again, from any folder."""
     program = Path(sys.argv[0])
-    return [str(program)] if program.name == "natrain" else [sys.executable, "-m", "natrain"]
+    return [str(program.absolute())] if program.name == "natrain" else [sys.executable, "-m", "natrain"]

@@ -1,0 +1,59 @@
+"""Accuracy of a checkpoint, or of a model with pretrained weights, on validation images.
+
+The model, its classes and its preprocessing come out of the checkpoint, and so does the data set it was trained on
+unless data=... names another:
+  natrain eval checkpoint=runs/NAME/checkpoints/best.ckpt
+  natrain eval checkpoint=runs/NAME/checkpoints/best.ckpt data=imagefolder data.root=DIR
+  natrain eval model=NAME model.args.pretrained=true data=imagefolder data.root=DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from natrain.cli.train import add_composition
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_composition(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from natrain.training import evaluate
+
+    result = evaluate(evaluation_config(arguments.overrides, arguments.config_dir))
+    for prefix, weights in (("", "raw weights"), ("ema_", "averaged weights")):
+        if f"{prefix}top1" in result:
+            top1, top5, loss = (result[f"{prefix}{key}"] for key in ("top1", "top5", "loss"))
+            print(f"{weights}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f}")
+    print(f"images: {result['images']}, each counted once")
+    return 0
+
+
+def evaluation_config(overrides: list[str], config_dir: Path | None) -> DictConfig:
+    """The settings typed on top of the defaults, with model and data set from the checkpoint where they are not typed.
+
+    Raises:
+        ValueError: as ``compose_config``; a checkpoint that cannot be read or names no model.
+    """
+    from natrain.cli.compose import compose_config, typed_keys
+    from natrain.training.checkpoint import read_checkpoint
+
+    typed = typed_keys(overrides)
+    path = next((value for key, _, value in (word.partition("=") for word in overrides) if key == "checkpoint"), None)
+    stored = read_checkpoint(Path(path).expanduser()).get("hyper_parameters", {}).get("config") if path else None
+    if stored is None:
+        return compose_config(overrides, config_dir)
+    words = list(overrides)
+    if "model.name" not in typed:
+        words.append(f"model={stored['model']['name']}")
+    if "data.name" in typed:
+        return compose_config(words, config_dir)
+    config = compose_config([*words, f"data={stored['data']['name']}"], config_dir)
+    for key, value in stored["data"].items():
+        if f"data.{key}" not in typed:
+            OmegaConf.update(config, f"data.{key}", value, force_add=True)
+    return config
