@@ -49,7 +49,7 @@ class ModelInput:
             ValueError: a value out of range.
         """
         size = values["img_size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
+        size = tuple(size) if isinstance(size, Sequence) else (size, size)
         if len(size) != 2 or not all(isinstance(side, int) and side >= 1 for side in size):
             raise invalid("data.img_size", values["img_size"], "pixels >= 1, or [height, width]", "data.img_size=224")
         in_chans = values["in_chans"]
