@@ -63,7 +63,7 @@ NUMBERS: dict[str, Number] = {
     "data.img_size": _count(1, 224, may_be_null=True),
     "data.in_chans": _count(1, 3, may_be_null=True),
     "data.num_classes": _count(1, 1000, may_be_null=True),
-    "data.workers": _count(0, 4),
+    "data.workers": _count(0, 4, may_be_null=True),
     "data.val_batch": _count(1, 256, may_be_null=True),
     "data.bad_image_limit": _share(0.001),
     "data.mean": Number(-INF, INF, 0.5, may_be_null=True),
@@ -81,8 +81,8 @@ NUMBERS: dict[str, Number] = {
     "schedule.min_lr": Number(0, INF, 5e-6),
     "schedule.cooldown_epochs": _count(0, 10),
     "augment.color_jitter": Number(0, INF, 0.4, may_be_null=True),
-    "augment.hflip": _share(0.5),
-    "augment.scale": Number(0, 1, 0.08, open_low=True),
+    "augment.hflip": _share(0.5, may_be_null=True),
+    "augment.scale": Number(0, 1, 0.08, open_low=True, may_be_null=True),
     "augment.ratio": Number(0, INF, 0.75, open_low=True),
     "augment.random_erasing": _share(0.25),
     "augment.mixup": Number(0, INF, 0.8),
@@ -141,7 +141,7 @@ def _combinations(cfg: DictConfig) -> None:
     schedule, augment = cfg.schedule, cfg.augment
     for name, size in (("optim.betas", 2), ("augment.scale", 2), ("augment.ratio", 2)):
         values = OmegaConf.select(cfg, name)
-        if len(values) != size:
+        if values is not None and len(values) != size:
             raise invalid(
                 name, list(values), f"{size} numbers", f"{name}=[{NUMBERS[name].example},{NUMBERS[name].example}]"
             )
