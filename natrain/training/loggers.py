@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
@@ -43,7 +44,5 @@ def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
 def _run_id(folder: Path) -> str:
     path = folder / RUN_ID
     if not path.is_file():
-        from wandb.util import generate_id
-
-        write_atomically(path, lambda file: file.write(generate_id().encode()))
+        write_atomically(path, lambda file: file.write(secrets.token_hex(4).encode()))
     return path.read_text().strip()
