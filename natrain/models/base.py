@@ -23,6 +23,7 @@ class Backbone(nn.Module):
 
     trunk_name = "levels"
     output_fmt = "NHWC"
+    default_out_indices: int | None = None  # of features_only: None is every unit, an int the last ones
 
     def __init__(self, in_chans: int, num_classes: int, drop_rate: float) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Backbone(nn.Module):
 
     def _finish(self, widths: Sequence[int], reductions: Sequence[int], global_pool: str) -> None:
         """Add norm, pooling and head; initialise; describe the units' maps (channels, pixels per token) to timm."""
-        self.num_features = self.head_hidden_size = widths[-1]
+        self.num_features = widths[-1]
         self.norm = nn.LayerNorm(self.num_features)
         self._make_head(global_pool)
         self.feature_info = [
@@ -45,6 +46,7 @@ class Backbone(nn.Module):
         self.global_pool, self.head = create_classifier(
             self.num_features, self.num_classes, pool_type=pool, input_fmt=self.output_fmt
         )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @property
     def trunk(self) -> nn.ModuleList:
@@ -136,8 +138,8 @@ class Backbone(nn.Module):
         if prune_norm or last < len(self.trunk) - 1:
             self.norm = nn.Identity()
         setattr(self, self.trunk_name, self.trunk[: last + 1])
-        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
-        if prune_head:
+        self.num_features = self.feature_info[last]["num_chs"]
+        if prune_head or last < len(self.feature_info) - 1:
             self.reset_classifier(0, "")
         return take
 

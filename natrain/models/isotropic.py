@@ -28,9 +28,10 @@ PATCH_SIZE = 16
 
 
 class _Isotropic(Backbone):
-    """``depth`` equal blocks on one map; ``attention(block)`` makes the attention layer of a block."""
+    """Equal blocks on one map; ``attention(block)`` makes the attention layer of a block."""
 
     trunk_name = "layers"
+    default_out_indices = 3
 
     def _make_blocks(
         self,

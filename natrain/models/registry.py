@@ -13,6 +13,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from natrain.errors import invalid, nearest
+from natrain.models.base import Backbone
 
 _names: list[str] = []
 # Arguments that timm's builder takes out before the model sees the rest.
@@ -47,8 +48,8 @@ def imagenet_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
 
 
 def build(
-    cls: type[nn.Module], variant: str, pretrained: bool, architecture: dict[str, Any], kwargs: dict[str, Any]
-) -> nn.Module:
+    cls: type[Backbone], variant: str, pretrained: bool, architecture: dict[str, Any], kwargs: dict[str, Any]
+) -> Backbone:
     """The model ``variant``: its architecture numbers, changed by the caller's ``kwargs``, through timm's builder.
 
     Raises:
@@ -70,6 +71,5 @@ def build(
                 f"False, as no weights are published for {variant}, or True with a local file",
                 "pretrained=False, or pretrained_cfg_overlay={'file': 'PATH of a state dict'}",
             )
-    arguments = {**architecture, **kwargs}
-    feature_cfg = {"feature_cls": "getter", "out_indices": arguments.pop("out_indices", 4)}
-    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **arguments)
+    feature_cfg = {"feature_cls": "getter", "out_indices": cls.default_out_indices}
+    return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **{**architecture, **kwargs})
