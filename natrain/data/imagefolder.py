@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -41,7 +41,7 @@ def read_imagefolder(root: str | None) -> Splits:
         check_same_classes(class_names, val_folders, folder)
         val = _read_classes(folder / "val", class_names)
     else:
-        paths, val_classes = read_flat_val(folder, [path.name for path in _images(folder / "val")])
+        paths, val_classes = read_flat_val(folder, list(_images(folder / "val")))
         check_same_classes(class_names, val_classes, folder)
         number = {name: target for target, name in enumerate(class_names)}
         val = FileImages(folder / "val", paths, [number[name] for name in val_classes])
@@ -67,7 +67,7 @@ def _read_classes(split: Path, class_names: list[str]) -> FileImages:
     targets: list[int] = []
     empty: list[str] = []
     for target, name in enumerate(class_names):
-        found = sorted(os.path.relpath(path, split) for path in _images(split / name, recursive=True))
+        found = sorted(os.path.join(name, path) for path in _images(split / name, recursive=True))
         if not found:
             empty.append(name)
         paths += found
@@ -89,10 +89,11 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _images(folder: Path, recursive: bool = False) -> Iterable[Path]:
-    """Images in a folder; hidden ones (macOS writes ``._name.jpg`` beside ``name.jpg``) are none."""
+def _images(folder: Path, recursive: bool = False) -> Iterator[str]:
+    """Paths relative to ``folder``; hidden files (macOS writes ``._name.jpg`` beside ``name.jpg``) are no images."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]
+        inside = os.path.relpath(parent, folder)
         for name in files:
             if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith("."):
-                yield Path(parent, name)
+                yield name if inside == "." else os.path.join(inside, name)

@@ -156,7 +156,8 @@ class UnreadableImages:
                 self.limit,
                 f"a share above that of the unreadable images: {self.failed_reads} of {self.reads} reads failed in "
                 f"{len(self.names)} different images, the last {name} ({reason})",
-                "removing the images named in the warnings, or a higher data.bad_image_limit",
+                "removing the images named in the warnings, or "
+                f"data.bad_image_limit={min(1.0, 2 * self.failed_reads / self.reads):.2g}",
             )
 
 
@@ -194,6 +195,6 @@ class EvalLoader(DataLoader):
                     "data.root",
                     name,
                     f"a readable validation image ({reason}): accuracy is counted over every image",
-                    "restoring the file, or removing it and saying so where the accuracy is quoted",
+                    f"restoring the file, or rm '{name}', which makes it another validation set",
                 )
             yield batch.images, batch.targets, batch.indices
