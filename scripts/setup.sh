@@ -22,15 +22,17 @@ make_venv() {
     exit 2
 }
 
-# setup EXTRA: the venv holds natrain[EXTRA]; pip runs only where the metadata changed since the last time.
+# setup EXTRA: the venv holds natrain[EXTRA]; pip runs only where the metadata changed since the last time. The test
+# extra holds the others.
 setup() {
     [ -x .venv/bin/python ] || make_venv
     PYTHON=$PWD/.venv/bin/python
-    local stamp=.venv/natrain-$1 metadata
+    local extra metadata
     metadata=$(cat setup.py pyproject.toml | cksum)
-    if [ "$(cat "$stamp" 2>/dev/null)" != "$metadata" ]; then
-        echo "installing natrain[$1] into .venv (the first time takes a few minutes)"
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
-        echo "$metadata" >"$stamp"
-    fi
+    for extra in "$1" test; do
+        [ "$(cat ".venv/natrain-$extra" 2>/dev/null)" = "$metadata" ] && return
+    done
+    echo "installing natrain[$1] into .venv (the first time takes a few minutes)"
+    "$PYTHON" -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    echo "$metadata" >".venv/natrain-$1"
 }
