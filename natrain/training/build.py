@@ -81,7 +81,7 @@ def build_model(
     return model
 
 
-def load_initial_weights(model: nn.Module, path: str, name: str) -> list[str]:
+def load_initial_weights(model: nn.Module, path: str) -> list[str]:
     """Start ``model`` from the weights in ``path``; only those of the classifier may be of another size.
 
     Returns:

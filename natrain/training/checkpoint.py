@@ -67,7 +67,7 @@ def read_checkpoint(path: str | Path, argument: str = "checkpoint") -> dict[str,
         raise invalid(
             argument,
             str(path),
-            f"a file of tensors and plain values; this one holds something else, which loading would run ({reason[:160]})",
+            f"a file of tensors and plain values; loading this one would run code it holds ({reason[:160]})",
             f"{argument}=FILE that natrain, or torch.save of a state_dict, wrote",
         ) from None
     except Exception as error:  # torch, zipfile and safetensors each raise their own for a damaged file

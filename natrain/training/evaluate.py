@@ -12,10 +12,12 @@ from torch import nn
 from natrain.data import build_datamodule
 from natrain.errors import invalid
 from natrain.training.checkpoint import LoadedModel, load_for_inference, read_checkpoint, shorten
+from natrain.training.console import logging_to
 from natrain.training.launch import cluster_environment, launch
 from natrain.training.plan import device_count, device_kind, global_rank
 from natrain.training.run import PRECISION
 from natrain.training.score import cut, score
+from natrain.training.validate import check_values
 
 VAL_BATCH = 64  # images per device and forward pass where data.val_batch is null
 
@@ -33,12 +35,17 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """
     if cfg.checkpoint is None:
         raise invalid("checkpoint", None, "a checkpoint file", "checkpoint=runs/NAME/checkpoints/best.ckpt")
+    check_values(cfg)
     return launch(evaluate_rank, OmegaConf.to_container(cfg, resolve=True), cfg.trainer)
 
 
 def evaluate_rank(plain: dict[str, Any]) -> dict[str, Any]:
     """One process of an evaluation."""
-    cfg = OmegaConf.create(plain)
+    with logging_to(None):
+        return _evaluate(OmegaConf.create(plain))
+
+
+def _evaluate(cfg: DictConfig) -> dict[str, Any]:
     devices, nodes = device_count(cfg.trainer)
     kind = device_kind(cfg.trainer.accelerator)
     fabric = lightning.Fabric(

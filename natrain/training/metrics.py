@@ -71,8 +71,9 @@ def draw_curves(rows: list[dict[str, float]], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     FigureCanvasAgg(figure)
+    losses = {"loss": "training, augmented", "val_loss": "validation", "ema_val_loss": "validation, EMA"}
     panels = (
-        ("loss (cross-entropy)", {"loss": "training", "val_loss": "validation", "ema_val_loss": "validation, EMA"}),
+        ("loss (cross-entropy)", losses),
         ("accuracy (%)", {"top1": "top-1", "ema_top1": "top-1, EMA", "top5": "top-5", "ema_top5": "top-5, EMA"}),
         ("learning rate", {"lr": "learning rate"}),
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,12 @@ import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from natrain.data import build_datamodule
 from natrain.errors import invalid
 from natrain.training.build import build_model, load_initial_weights, model_input
 from natrain.training.checkpoint import AtomicCheckpointIO, load_state, model_state, read_checkpoint, says
+from natrain.training.console import logging_to
 from natrain.training.ema import WeightAverage
 from natrain.training.epoch import EpochEnd, EpochSeed
 from natrain.training.folder import CHECKPOINTS, METRICS, open_folder, resume_path, run_name
@@ -79,7 +77,7 @@ def train_rank(plain: dict[str, Any]) -> TrainResult:
     cfg = OmegaConf.create(plain)
     folder = Path(cfg.run_dir)
     lightning.seed_everything(cfg.seed, verbose=False)
-    with _logging_to(folder / "log.txt"):
+    with logging_to(folder / "log.txt"):
         input = model_input(cfg)
         micro_batch = make_plan(cfg, cfg.global_batch).micro_batch
         data = build_datamodule(
@@ -132,6 +130,7 @@ def _describe(cfg: DictConfig, input: dict[str, Any], class_names: list[str]) ->
 
 def _fit(cfg: DictConfig, folder: Path, task: ClassificationTask, data: lightning.LightningDataModule) -> TrainResult:
     plan, rank = task.plan, global_rank()
+    place = (rank, plan.world, plan.devices)
     resumed = resume_path(cfg)
     done_steps = check_resumable(task, resumed) if resumed is not None else 0
     metrics = MetricsFile(folder / METRICS, done_steps) if rank == 0 else None
@@ -139,7 +138,7 @@ def _fit(cfg: DictConfig, folder: Path, task: ClassificationTask, data: lightnin
     average = WeightAverage(cfg.ema.decay, cfg.ema.warmup) if cfg.ema.enabled else None
     after_epoch = EpochEnd(
         folder / CHECKPOINTS,
-        data.val_loader(rank, plan.world, plan.devices),
+        data.val_loader(*place),
         data.num_val,
         cfg.trainer.limit_val_batches,
         average,
@@ -150,7 +149,7 @@ def _fit(cfg: DictConfig, folder: Path, task: ClassificationTask, data: lightnin
     _announce(cfg, plan, task, data)
     try:
         with explain_out_of_memory(cfg, plan.micro_batch, plan.accumulation):
-            trainer.fit(task, datamodule=data, ckpt_path=resumed, weights_only=True)
+            trainer.fit(task, data.train_loader(*place), ckpt_path=resumed, weights_only=True)
     except Terminated:
         logger.info("stopped by SIGTERM at step %d; resume=auto continues after the last whole epoch", task.global_step)
         raise SystemExit(143) from None
@@ -247,40 +246,8 @@ def _announce(cfg: DictConfig, plan: Plan, task: ClassificationTask, data: light
         cfg.run_dir,
     )
     logger.info(
-        "%d training and %d validation images; %d epochs of %d steps; global batch %d = %d devices x %d images x %d passes; "
-        "peak lr %.3g",
+        "%d training and %d validation images; %d epochs of %d steps; "
+        "global batch %d = %d devices x %d images x %d passes; peak lr %.3g",
         *(data.num_train, data.num_val, plan.epochs, plan.steps_per_epoch, cfg.global_batch),
         *(plan.world, plan.micro_batch, plan.accumulation, plan.lr),
     )
-
-
-class _Console(logging.Handler):
-    """Prints above the progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record))
-
-
-@contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Show what natrain logs on the console and append it to ``path``; other ranks than 0 only warn."""
-    root = logging.getLogger("natrain")
-    handlers: list[logging.Handler] = [_Console()]
-    if global_rank() == 0:
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    level = root.level
-    root.setLevel(logging.INFO if global_rank() == 0 else logging.WARNING)
-    for handler in handlers:
-        root.addHandler(handler)
-    # Lightning's own notices (accelerators found, tips) say nothing that the lines above do not.
-    lightning_level = logging.getLogger("lightning.pytorch").level
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
-        logging.getLogger("lightning.pytorch").setLevel(lightning_level)
-        for handler in handlers:
-            root.removeHandler(handler)
-            handler.close()

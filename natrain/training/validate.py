@@ -113,17 +113,26 @@ def validate(cfg: DictConfig) -> None:
     Raises:
         ValueError: the first setting that is wrong: its name, its value, what is allowed, what to type.
     """
+    check_values(cfg)
+    _combinations(cfg)
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check every number and choice by itself.
+
+    Raises:
+        ValueError: as ``validate``.
+    """
     for key, number in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
         if not all(number.admits(item) for item in (value if isinstance(value, ListConfig) else [value])):
             shown = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
-            raise invalid(key, shown, str(number), f"{key}={'null' if number.example is None else number.example}")
+            raise invalid(key, shown, str(number), f"{key}={number.example}")
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value not in allowed:
             raise invalid(key, value, " | ".join(allowed), f"{key}={nearest(str(value), allowed) or allowed[0]}")
     _finite_arguments(OmegaConf.to_container(cfg.model.args), "model.args")
-    _combinations(cfg)
 
 
 def _finite_arguments(arguments: Mapping, prefix: str) -> None:
