@@ -31,6 +31,11 @@ VARIABLES = (
     ),
     Variable("NATRAIN_DEBUG", "off", "any value: the command line shows tracebacks, as --traceback does"),
     Variable("NATRAIN_PYTHON", "the first python3 that is new enough", "interpreter that scripts/setup.sh makes .venv with"),
+    Variable(
+        "NATRAIN_NVCC",
+        "nvcc of CUDA_HOME, PATH or pip's packages; without any, the NVRTC of torch's wheels",
+        'nvcc of the CUDA kernels; "nvrtc" takes NVRTC even where there is a toolkit',
+    ),
     Variable("NATRAIN_TEST_DATA", "shared/data beside the clone", "folder of real images that some tests read"),
 )
 

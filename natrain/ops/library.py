@@ -3,8 +3,9 @@
 Python implementations under dispatch keys: Autocast casts q, k, v; Autograd chooses the kernel and differentiates;
 the backend key runs it. Kernels composed of torch operators are called under the Autograd key itself, so that torch
 differentiates (and torch.compile sees) what they are made of. Unfused kernels are built from four primitives whose
-derivatives are primitives again, hence of any order and in forward mode. A fused kernel has one backward; asking for
-more raises and names the kernels that have it.
+derivatives are primitives again, hence of any order and in forward mode; one that also runs attention as a whole does
+so for the value and the first derivative. A fused kernel has one backward; asking for more raises and names the kernels
+that have it.
 
 Every operator takes the window as four lists, then ``kernel``: a registered name or "auto".
 """
@@ -18,10 +19,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _AutoDispatchBelowAutograd, _ExcludeDispatchKeyGuard
+from torch.autograd import forward_ad
 
 from natrain.ops import reference
 from natrain.ops.problem import Problem, Window, problem_of
-from natrain.ops.registry import FusedKernel, Kernel, UnfusedKernel, choose, get_kernel, kernels
+from natrain.ops.registry import (
+    FusedKernel,
+    Kernel,
+    UnfusedAttentionKernel,
+    UnfusedKernel,
+    choose,
+    get_kernel,
+    kernels,
+)
 
 _library = torch.library.Library("natrain", "DEF")
 _WINDOW = "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal"
@@ -34,6 +44,9 @@ for _schema in (
     f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, {_SAVED}, {_RUN})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     f"attention_qkvpacked_backward(Tensor d_out, Tensor? d_lse, Tensor qkv, {_SAVED}, {_RUN}) -> (Tensor, Tensor)",
+    f"attention_probs(Tensor[] tensors, Tensor? rpb, Tensor? seed, {_RUN}) -> (Tensor, Tensor, Tensor)",
+    "attention_probs_backward(Tensor d_out, Tensor? d_lse, Tensor[] tensors, Tensor? rpb, Tensor probs, Tensor? seed,"
+    f" {_RUN}) -> (Tensor[], Tensor)",
     f"qk(Tensor q, Tensor k, Tensor? rpb, {_WINDOW}, float scale, float fill, str kernel) -> Tensor",
     f"av(Tensor weights, Tensor v, {_WINDOW}, str kernel) -> Tensor",
     f"inverse(Tensor weights, Tensor x, {_WINDOW}, str kernel) -> Tensor",
@@ -134,12 +147,95 @@ def _attention(tensors: tuple[Tensor, ...], rpb: Tensor | None, seed: Tensor | N
     needs_grad = autograd and _needs_grad(*tensors, rpb)
     kernel = choose(run.problem(q, rpb, needs_grad=needs_grad), run.kernel)
     run = replace(run, kernel=kernel.name)
+    if isinstance(kernel, UnfusedAttentionKernel) and not (autograd and _has_tangent(*tensors, rpb)):
+        if needs_grad:
+            return _ProbsAttention.apply(run, rpb, seed, *tensors)[:2]
+        with _AutoDispatchBelowAutograd():
+            return ops.attention_probs(tensors, rpb, seed, *run.args)[:2]
     if not isinstance(kernel, FusedKernel):
         return _compose(kernel, q, k, v, rpb, seed, run)
     if autograd:
         return _FusedAttention.apply(run, rpb, seed, *tensors)
     problem = run.problem(q, rpb, needs_grad=False)
     return kernel.forward(problem, q, k, v, rpb, seed, run.scale, run.dropout_p)
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD is at work on one of them."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+class _ProbsAttention(torch.autograd.Function):
+    """Attention whose probabilities are kept for the first derivative; a second one is that of the composition."""
+
+    @staticmethod
+    def forward(run: Run, rpb: Tensor | None, seed: Tensor | None, *tensors: Tensor):
+        with _AutoDispatchBelowAutograd():
+            return ops.attention_probs(tensors, rpb, seed, *run.args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.run, rpb, seed, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(rpb, seed, output[2], *tensors)
+
+    @staticmethod
+    def backward(ctx, d_out, d_lse, _):
+        rpb, seed, probs, *tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _ProbsAttention._differentiable_backward(ctx, d_out, d_lse, rpb, seed, tensors)
+        if d_out is None:
+            v = tensors[-1] if len(tensors) == 3 else tensors[0].select(-3, 2)
+            d_out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+        with _AutoDispatchBelowAutograd():
+            d_tensors, d_rpb = ops.attention_probs_backward(d_out, d_lse, tensors, rpb, probs, seed, *ctx.run.args)
+        return None, None if rpb is None else d_rpb, None, *d_tensors
+
+    @staticmethod
+    def _differentiable_backward(ctx, d_out, d_lse, rpb, seed, tensors):
+        arguments = [None, rpb, None, *tensors]
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+        q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+        outputs = _compose(get_kernel(ctx.run.kernel), q, k, v, rpb, seed, ctx.run)
+        given = [(out, d) for out, d in zip(outputs, (d_out, d_lse), strict=True) if d is not None]
+        grads = torch.autograd.grad(
+            [out for out, _ in given], [arguments[i] for i in wanted], [d for _, d in given],
+            create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        by_argument = dict(zip(wanted, grads, strict=True))
+        return tuple(by_argument.get(i) for i in range(len(arguments)))
+
+
+def _attention_probs(tensors, rpb, seed, run: Run):
+    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+    kernel, problem = get_kernel(run.kernel), run.problem(q, rpb, needs_grad=False)
+    assert isinstance(kernel, UnfusedAttentionKernel)
+    return kernel.forward(problem, q, k, v, rpb, seed, run.scale, run.dropout_p)
+
+
+def _attention_probs_backward(d_out, d_lse, tensors, rpb, probs, seed, run: Run):
+    kernel, problem = get_kernel(run.kernel), run.problem(d_out, rpb, needs_grad=True)
+    assert isinstance(kernel, UnfusedAttentionKernel)
+    d_tensors = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+    d_q, d_k, d_v = d_tensors if len(tensors) == 3 else d_tensors[0].unbind(-3)
+    d_rpb = kernel.backward(
+        problem, d_out, d_lse, q, k, v, probs, seed, run.scale, run.dropout_p, d_q, d_k, d_v
+    )  # fmt: skip
+    return d_tensors, d_out.new_empty(0) if d_rpb is None or rpb is None else d_rpb.to(rpb.dtype)
+
+
+def _fake_attention_probs_backward(tensors, rpb):
+    *d_tensors, d_rpb = _fake_attention_backward(tensors, rpb)
+    return d_tensors, d_rpb
+
+
+def _fake_attention_probs(tensors, run: Run):
+    out, lse = _fake_attention(tensors)
+    return out, lse, get_kernel(run.kernel).empty_probs(out, run.window)
 
 
 def _attention_backward(tensors, d_out, d_lse, rpb, out, lse, seed, run: Run):
@@ -395,6 +491,17 @@ def _implement(name: str, run: Callable, fake: Callable, *, cast: int, autograd:
         _library.impl(name, under_autocast("cuda", DispatchKey.AutocastCUDA), "AutocastCUDA")
 
 
+def _below_autograd(op) -> Callable:
+    """An internal operator, called by ``_ProbsAttention`` and by the graphs that torch.compile makes of it: what it
+    returns requires no gradient, so that asking for one raises."""
+
+    def run(*args):
+        with _AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
+
+
 _implement(
     "attention",
     lambda q, k, v, rpb, seed, *run, autograd: _attention((q, k, v), rpb, seed, Run.of(*run), autograd=autograd),
@@ -424,6 +531,22 @@ _implement(
     lambda d_out, d_lse, qkv, rpb, *_: _fake_attention_backward((qkv,), rpb),
     cast=0,
     autograd=lambda *args: _attention_backward_autograd(ops.attention_qkvpacked_backward, *args),
+)
+_implement(
+    "attention_probs",
+    lambda tensors, rpb, seed, *run, autograd: _attention_probs(tensors, rpb, seed, Run.of(*run)),
+    lambda tensors, rpb, seed, *run: _fake_attention_probs(tensors, Run.of(*run)),
+    cast=0,
+    autograd=_below_autograd(ops.attention_probs),
+)
+_implement(
+    "attention_probs_backward",
+    lambda d_out, d_lse, tensors, rpb, probs, seed, *run, autograd: _attention_probs_backward(
+        d_out, d_lse, tensors, rpb, probs, seed, Run.of(*run)
+    ),
+    lambda d_out, d_lse, tensors, rpb, *_: _fake_attention_probs_backward(tensors, rpb),
+    cast=0,
+    autograd=_below_autograd(ops.attention_probs_backward),
 )
 _implement(
     "qk",

@@ -5,7 +5,8 @@ ways to compute, one base class each:
 
 - ``Kernel``: composed of torch operators, which torch differentiates (the reference).
 - ``FusedKernel``: one forward and one backward that never hold the attention weights.
-- ``UnfusedKernel``: four primitives that serve forward, backward and every higher derivative.
+- ``UnfusedKernel``: four primitives that serve forward, backward and every higher derivative; an
+  ``UnfusedAttentionKernel`` also runs attention as a whole, with weights in a layout of its own.
 
 A package outside natrain adds one through the entry point group ``natrain.kernels`` (see natrain/ops/README.md).
 """
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from natrain.errors import invalid, nearest
-from natrain.ops.problem import Problem
+from natrain.ops.problem import Problem, Window
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +165,50 @@ class UnfusedKernel(Kernel):
     @abstractmethod
     def rpb_grad(self, problem: Problem, weights: Tensor) -> Tensor:
         """[N, 2k-1, ...] float32 (float64 for it): the sum of weights over batch and queries by relative position."""
+
+
+class UnfusedAttentionKernel(UnfusedKernel):
+    """Primitives, and attention and its first derivative out of them without a copy or a change of layout between.
+
+    Higher derivatives and forward mode come out of the four primitives.
+    """
+
+    @abstractmethod
+    def empty_probs(self, q: Tensor, window: Window) -> Tensor:
+        """Uninitialised probabilities as ``forward`` returns and ``backward`` reads them; ``q`` may be fake."""
+
+    @abstractmethod
+    def forward(
+        self,
+        problem: Problem,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rpb: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``(out, lse, probs)``, out and lse as ``FusedKernel.forward``; probs are those before dropout."""
+
+    @abstractmethod
+    def backward(
+        self,
+        problem: Problem,
+        d_out: Tensor,
+        d_lse: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        probs: Tensor,
+        seed: Tensor | None,
+        scale: float,
+        dropout_p: float,
+        d_q: Tensor,
+        d_k: Tensor,
+        d_v: Tensor,
+    ) -> Tensor | None:
+        """Write every element of ``d_q``, ``d_k``, ``d_v`` (uninitialised, any strides); return rpb's gradient."""
 
 
 _KERNELS: dict[str, Kernel] = {}

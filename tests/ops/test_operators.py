@@ -1,7 +1,7 @@
 """What torch asks of an operator: schema, fakes, compile, autocast, every derivative; for every kind of kernel.
 
-``Loops`` and ``Fused`` below are kernels that a user package might add; they exercise the paths that the reference,
-composed of torch operators, does not take.
+``Loops``, ``Whole`` and ``Fused`` below are kernels that a user package might add; they exercise the paths that the
+reference, composed of torch operators, does not take.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 import natrain
 from natrain.ops import reference, registry
 from natrain.ops.problem import Problem
-from natrain.ops.registry import FusedKernel, Limits, UnfusedKernel
+from natrain.ops.registry import FusedKernel, Limits, UnfusedAttentionKernel, UnfusedKernel
 from tests.ops import oracle
 
 
@@ -96,12 +96,42 @@ class Fused(FusedKernel):
         return loops.rpb_grad(problem, d_scores)
 
 
+class Whole(Loops, UnfusedAttentionKernel):
+    """The primitives, and attention as a whole that keeps its probabilities, one slot too many a row."""
+
+    name, summary, priority = "whole", "primitives, and attention out of them", 85
+
+    def empty_probs(self, q, window):
+        return q.new_empty(*q.shape[:-1], window.num_neighbors + 1)
+
+    def _keep(self, probs, seed, dropout_p, shape):
+        return Fused._keep(self, probs, seed, dropout_p, shape)
+
+    def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):
+        probs, scores = self.empty_probs(q, problem.window), self.qk(problem, q, k, rpb, scale, -math.inf)
+        probs[..., :-1] = scores.softmax(-1)
+        kept = probs[..., :-1] * self._keep(probs[..., :-1], seed, dropout_p, q.shape)
+        return self.av(problem, kept, v), scores.to(reference.accumulate_dtype(q.dtype)).logsumexp(-1), probs
+
+    def backward(self, problem, d_out, d_lse, q, k, v, probs, seed, scale, dropout_p, d_q, d_k, d_v):
+        probs = probs[..., :-1]
+        keep = self._keep(probs, seed, dropout_p, q.shape)
+        d_probs = self.qk(problem, d_out, v, None, 1.0, 0.0) * keep
+        delta = (probs * d_probs).sum(-1, keepdim=True) - (0 if d_lse is None else d_lse[..., None])
+        d_scores = (probs * (d_probs - delta)).to(q.dtype)
+        d_q.copy_(self.av(problem, d_scores, k) * scale)
+        d_k.copy_(self.inverse(problem, d_scores, q) * scale)
+        d_v.copy_(self.inverse(problem, (probs * keep).to(q.dtype), d_out))
+        return self.rpb_grad(problem, d_scores) if problem.has_rpb else None
+
+
 @pytest.fixture(autouse=True)
 def test_kernels(monkeypatch):
-    """Both kernels, for one test; ``auto`` would take them, so every test here names its kernel."""
+    """These kernels, for one test; ``auto`` would take them, so every test here names its kernel."""
     registry.kernels()
     monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
     registry.register(Loops())
+    registry.register(Whole())
     registry.register(Fused())
     yield
     registry._choose_cached.cache_clear()
@@ -113,7 +143,7 @@ def _leaves(*spatial, heads=1, head_dim=2, kernel_size=3, dtype=torch.float64):
     return q, k, v, torch.randn(heads, *[2 * kernel_size - 1] * len(spatial), dtype=dtype, requires_grad=True)
 
 
-KINDS = ["reference", "loops", "fused_test"]
+KINDS = ["reference", "loops", "whole", "fused_test"]
 
 
 @pytest.mark.parametrize("kernel", KINDS)
@@ -141,7 +171,7 @@ def test_packed_gradient_of_every_kind(kernel):
     torch.testing.assert_close(got, torch.autograd.grad(truth, (qkv, rpb), d_out))
 
 
-@pytest.mark.parametrize("kernel", ["reference", "loops"])
+@pytest.mark.parametrize("kernel", ["reference", "loops", "whole"])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradcheck_gradgradcheck_and_forward_ad(kernel, is_causal):
     q, k, v, rpb = _leaves(4)
@@ -153,7 +183,7 @@ def test_gradcheck_gradgradcheck_and_forward_ad(kernel, is_causal):
     assert torch.autograd.gradgradcheck(attend, (q, k, v, rpb), check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "loops"])
+@pytest.mark.parametrize("kernel", ["reference", "loops", "whole"])
 def test_gradgradcheck_in_two_dimensions_with_dilation_and_stride(kernel):
     q, k, v, rpb = _leaves(4, 3, head_dim=1, kernel_size=2)
 
@@ -163,7 +193,7 @@ def test_gradgradcheck_in_two_dimensions_with_dilation_and_stride(kernel):
     assert torch.autograd.gradgradcheck(attend, (q, k, v, rpb))
 
 
-@pytest.mark.parametrize("kernel", ["reference", "loops"])
+@pytest.mark.parametrize("kernel", ["reference", "loops", "whole"])
 def test_gradgradcheck_of_the_unfused_pair(kernel):
     q, k, v, rpb = _leaves(4)
 
@@ -211,14 +241,14 @@ def test_opcheck(kernel):
     torch.library.opcheck(torch.ops.natrain.attention_qkvpacked, (qkv, rpb, None, *run), test_utils=CHECKS)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "loops"])
+@pytest.mark.parametrize("kernel", ["reference", "loops", "whole"])
 def test_opcheck_of_the_primitives(kernel):
     q, k, v, rpb = _leaves(6, heads=2, head_dim=4, dtype=torch.float32)
     window = ([3], [2], [1], [True])
     weights = torch.rand(1, 6, 2, 3, requires_grad=True)
     torch.library.opcheck(torch.ops.natrain.qk, (q, k, rpb, *window, 0.5, 0.0, kernel))
     torch.library.opcheck(torch.ops.natrain.av, (weights, v, *window, kernel))
-    if kernel == "loops":
+    if kernel != "reference":
         torch.library.opcheck(torch.ops.natrain.inverse, (weights, v, *window, kernel))
         torch.library.opcheck(torch.ops.natrain.rpb_grad, (weights, *window, kernel))
 
@@ -246,7 +276,7 @@ def test_compile_fullgraph_static(kernel):
     _fullgraph(kernel, False, [(2, 7, 8)])
 
 
-@pytest.mark.parametrize("kernel", ["auto", "reference", "fused_test"])
+@pytest.mark.parametrize("kernel", ["auto", "reference", "whole", "fused_test"])
 def test_compile_fullgraph_dynamic_without_recompiling(kernel):
     with torch._dynamo.config.patch(error_on_recompile=True):
         _fullgraph(kernel, True, [(11, 7, 8), (12, 9, 13), (6, 14, 10)])

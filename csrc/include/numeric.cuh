@@ -1,0 +1,114 @@
+// Storage types, their accumulators, and vector access, without cuda_fp16.h: that header costs more compile time than a
+// kernel here, and NVRTC may have no toolkit to find it in.
+#pragma once
+
+namespace natrain {
+
+struct float16 {
+  unsigned short bits;
+};
+struct bfloat16 {
+  unsigned short bits;
+};
+
+template <class T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
+__device__ __forceinline__ float widen(float16 x) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+}
+
+// Rounds to nearest even, as torch does.
+template <class T>
+__device__ __forceinline__ T narrow(typename Accumulator<T>::type x);
+
+template <>
+__device__ __forceinline__ double narrow<double>(double x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ float16 narrow<float16>(float x) {
+  float16 out;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+  return out;
+}
+template <>
+__device__ __forceinline__ bfloat16 narrow<bfloat16>(float x) {
+  bfloat16 out;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
+#else
+  const unsigned word = __float_as_uint(x);
+  const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
+  out.bits = is_nan ? 0x7fff : (unsigned short)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+#endif
+  return out;
+}
+
+// The unsigned word that one access of BYTES moves.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// N values moved by one instruction; `from` and `to` must be aligned to N * sizeof(T) bytes, at most 16.
+template <int N, class T, bool READ_ONLY = true>
+__device__ __forceinline__ void load(const T* from, typename Accumulator<T>::type (&to)[N]) {
+  using W = typename Word<N * sizeof(T)>::type;
+  union {
+    W word;
+    T values[N];
+  } access;
+  access.word = READ_ONLY ? __ldg(reinterpret_cast<const W*>(from)) : *reinterpret_cast<const W*>(from);
+#pragma unroll
+  for (int i = 0; i < N; ++i) to[i] = widen(access.values[i]);
+}
+
+// Of memory that this kernel also writes, which the read-only path must not see.
+template <int N, class T>
+__device__ __forceinline__ void load_mutable(const T* from, typename Accumulator<T>::type (&to)[N]) {
+  load<N, T, false>(from, to);
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store(T* to, const typename Accumulator<T>::type (&from)[N]) {
+  using W = typename Word<N * sizeof(T)>::type;
+  union {
+    W word;
+    T values[N];
+  } access;
+#pragma unroll
+  for (int i = 0; i < N; ++i) access.values[i] = narrow<T>(from[i]);
+  *reinterpret_cast<W*>(to) = access.word;
+}
+
+}  // namespace natrain

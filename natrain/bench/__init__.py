@@ -1,0 +1,1 @@
+"""Measuring kernels: how a time is taken (``measure``) and which problems are compared (``layers``)."""

@@ -1,0 +1,90 @@
+"""Tables of measured layers: one line a layer and dtype, with the floor and the peer beside each time."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from natrain.bench.layers import LAYERS, Layer, calls, floor_ms
+from natrain.bench.measure import Timing, measure
+
+HEADER = ("layer", "dtype", "rpb", "kernel", "pass", "median_ms", "low_ms", "high_ms", "floor_ms", "natten_ms", "ratio")
+
+
+def copy_bytes_per_s() -> float:
+    """Bytes read plus bytes written a second by a device copy too large for any cache."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    seconds = measure({"copy": lambda: target.copy_(source)}, runs=10)["copy"].median_ms / 1e3
+    return 2 * source.numel() * source.element_size() / seconds
+
+
+def _check(reference: torch.Tensor, tolerance: float):
+    def check(name: str, output: torch.Tensor) -> None:
+        error = (output[:1].float() - reference.float()).norm() / reference.float().norm()
+        assert error <= tolerance, f"{name}: relative error {error:.1e}, at most {tolerance:.0e}"
+
+    return check
+
+
+def measure_layer(layer: Layer, kernels: Sequence[str], dtype: torch.dtype, has_rpb: bool, runs: int) -> dict:
+    """{(kernel, pass): Timing} of one layer; the first image of every forward output is checked with the reference."""
+    contenders = {kernel: calls(layer, kernel, dtype, has_rpb) for kernel in kernels}
+    with torch.no_grad():
+        truth = calls(replace(layer, batch=1), "reference", dtype, has_rpb).forward()
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3
+    forward = measure({name: c.forward for name, c in contenders.items()}, runs=runs, check=_check(truth, tolerance))
+    backward = measure({name: c.backward for name, c in contenders.items()}, runs=runs)
+    timings: dict[tuple[str, str], Timing] = {(name, "forward"): timing for name, timing in forward.items()}
+    return timings | {(name, "backward"): timing for name, timing in backward.items()}
+
+
+def layer_table(
+    kernels: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    path: Path,
+    with_rpb: Sequence[bool] = (False,),
+    runs: int = 20,
+) -> dict[str, float]:
+    """Measure every layer, print and write one row each, and return {kernel: geometric mean of the peer's time / ours}."""
+    bandwidth = copy_bytes_per_s()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
+    ratios = defaultdict(list)
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(HEADER)
+        for dtype in dtypes:
+            for layer in LAYERS:
+                for has_rpb in with_rpb:
+                    for (kernel, which), t in measure_layer(layer, kernels, dtype, has_rpb, runs).items():
+                        index = int(which == "backward")
+                        name = str(dtype).removeprefix("torch.")
+                        peer = layer.natten_naive_ms.get(name, (None, None))[index]
+                        ratio = peer / t.median_ms if peer else None
+                        if ratio and not has_rpb:
+                            ratios[kernel].append(ratio)
+                        floor = floor_ms(layer, dtype, bandwidth)[index]
+                        times = [f"{x:.4f}" for x in (t.median_ms, t.low_ms, t.high_ms, floor)]
+                        row = [layer.name, name, int(has_rpb), kernel, which, *times, peer, ratio and f"{ratio:.2f}"]
+                        rows.writerow(row)
+                        file.flush()
+                        print(*(f"{str(x):>9}" for x in row))
+                torch.cuda.empty_cache()
+    return {kernel: float(torch.tensor(found).log().mean().exp()) for kernel, found in ratios.items()}
+
+
+def kernel_profile(layer: Layer, kernel: str, dtype: torch.dtype, has_rpb: bool) -> dict[str, float]:
+    """Device microseconds of each CUDA kernel in one forward and backward, warm second-level cache."""
+    work = calls(layer, kernel, dtype, has_rpb)
+    work.forward(), work.backward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            work.forward(), work.backward()
+        torch.cuda.synchronize()
+    return {event.key: event.device_time_total / 5 for event in profile.key_averages() if event.device_time_total}

@@ -1,0 +1,102 @@
+"""Load cubins and launch their kernels through the CUDA driver API, by ctypes: no host code, no second CUDA runtime.
+
+torch owns the context and the streams; this module only borrows them. A loaded library is context-independent
+(``cuLibraryLoadData``), so one load serves every device of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not yet touched the device
+
+
+@functools.lru_cache(maxsize=1)
+def _cuda() -> ctypes.CDLL:
+    cuda = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
+    cuda.cuLaunchKernel.argtypes = [
+        ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
+    ]  # fmt: skip
+    return cuda
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _cuda().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"{what} failed: CUDA driver error {status} ({(text.value or b'unknown').decode()})")
+
+
+class CudaKernel:
+    """One ``extern "C"`` kernel whose only parameter is a struct, passed as packed bytes.
+
+    Attributes:
+        name: the kernel's name, as a profiler shows it.
+    """
+
+    def __init__(self, library: ctypes.c_void_p, name: str) -> None:
+        self.name = name
+        self._library = library
+        self._handle = ctypes.c_void_p()
+        _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
+
+    def allow_shared_bytes(self, shared_bytes: int, device: int) -> None:
+        """Let launches on ``device`` ask for that much dynamic shared memory (beyond 48 KB it must be asked for)."""
+        _check(
+            _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED_BYTES, shared_bytes, self._handle, device),
+            f"asking for {shared_bytes} bytes of shared memory for {self.name}",
+        )
+
+    def launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int = 0) -> None:
+        """Run ``grid`` blocks of ``block`` threads on torch's current stream of ``device``; nothing when grid is 0.
+
+        ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns.
+        """
+        if not grid:
+            return
+        buffer = ctypes.create_string_buffer(arguments, len(arguments))
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        launch = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
+        with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+            status = _cuda().cuLaunchKernel(*launch)
+            if status == _NO_CONTEXT:
+                _bind_context(device)
+                status = _cuda().cuLaunchKernel(*launch)
+        _check(status, f"launching {self.name}")
+
+
+def _bind_context(device: int) -> None:
+    """Make torch's context of ``device`` current in this thread."""
+    context, handle = ctypes.c_void_p(), ctypes.c_int()
+    _check(_cuda().cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+    _check(_cuda().cuDevicePrimaryCtxRetain(ctypes.byref(context), handle), f"taking the context of device {device}")
+    _check(_cuda().cuCtxSetCurrent(context), f"binding the context of device {device}")
+
+
+@functools.cache
+def load_library(cubin: Path) -> ctypes.c_void_p:
+    """Load a cubin once per process.
+
+    Raises:
+        RuntimeError: the driver refuses it, for example because it was compiled for another architecture.
+    """
+    torch.cuda.init()
+    library = ctypes.c_void_p()
+    image = cubin.read_bytes()
+    _check(
+        _cuda().cuLibraryLoadData(ctypes.byref(library), image, None, None, 0, None, None, 0),
+        f"loading {cubin}",
+    )
+    return library
+
+
+def load_kernel(cubin: Path, name: str) -> CudaKernel:
+    """The kernel called ``name`` in ``cubin``."""
+    return CudaKernel(load_library(cubin), name)

@@ -1,0 +1,79 @@
+"""Without a GPU: every naive template compiles for the oldest and the newest architecture that is measured."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+import torch
+
+from natrain.jit import cuda, nvrtc
+from natrain.jit.build import build
+from natrain.ops import naive
+from natrain.ops.problem import Window
+
+PROBLEM_PRIMITIVES = ("qk", "av", "inverse", "rpb_grad")
+ROW_PRIMITIVES = ("softmax", "softmax_grad", "dropout")
+NAT = Window((7, 7), (1, 1), (1, 1), (False, False))
+CAUSAL_3D = Window((2, 3, 5), (1, 2, 1), (2, 1, 3), (True, False, False))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
+
+
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def compiler(request, monkeypatch):
+    cuda.find_nvcc.cache_clear()
+    if request.param == "nvrtc":
+        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
+        if not nvrtc.is_available():
+            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
+    elif cuda.find_nvcc() is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    yield request.param
+    cuda.find_nvcc.cache_clear()
+
+
+def _spec(primitive: str, arch: str):
+    if primitive in ROW_PRIMITIVES:
+        defines = naive.row_defines(torch.bfloat16, 49, 56)[0]
+    elif arch == "sm_80":
+        defines = naive.problem_defines(torch.float64, CAUSAL_3D, 5, 1, 2, 8, "long long", primitive == "qk")
+    else:
+        defines = naive.problem_defines(torch.float16, NAT, 32, 8, 8, 4, "int", primitive == "qk")
+    return naive.kernel_spec(primitive, defines, arch)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("primitive", [*PROBLEM_PRIMITIVES, *ROW_PRIMITIVES])
+def test_every_template_compiles(primitive, arch, compiler):
+    cubin = build(_spec(primitive, arch))
+    assert f"natrain_naive_{primitive}".encode() in cubin.read_bytes()
+
+
+@pytest.mark.parametrize("primitive", [*PROBLEM_PRIMITIVES, *ROW_PRIMITIVES])
+def test_the_common_kernels_spill_no_register(primitive, tmp_path):
+    """head_dim 32, kernel 7, float16, as nvcc's resource report says it."""
+    nvcc = cuda.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    spec = _spec(primitive, "sm_90a")
+    options = [*(f"-I{folder}" for folder in spec.include_dirs), *(f"-D{k}={v}" for k, v in spec.defines), *spec.flags]
+    command = [nvcc, "-cubin", "-arch=sm_90a", "-Xptxas", "-v", "-o", tmp_path / "k.cubin", *options, *spec.sources]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
+
+
+def test_a_kernel_that_cannot_compile_says_what_to_type(compiler):
+    from natrain.jit import BuildError
+
+    defines = naive.problem_defines(torch.float16, NAT, 32, 8, 8, 4, "no_such_type", False)
+    with pytest.raises(BuildError, match="(?s)no_such_type.*Try: "):
+        build(naive.kernel_spec("av", defines, "sm_90a"))
+
+
+def test_reasons_against_a_device():
+    assert cuda.reasons_against((7, 0))[0].startswith("capability (7, 0)")
+    assert cuda.arch_of((8, 6)) == "sm_86" and cuda.arch_of((9, 0)) == "sm_90a" and cuda.arch_of((12, 0)) == "sm_120a"
