@@ -38,10 +38,10 @@ def explain_out_of_memory(cfg: DictConfig, micro_batch: int, accumulation: int) 
 
 def _advice(cfg: DictConfig, micro_batch: int, accumulation: int, reason: str) -> str:
     per_device = micro_batch * accumulation
-    needs_pairs = bool(cfg.augment.mixup or cfg.augment.cutmix)
-    smaller = largest_divisor(per_device, micro_batch // 2)
+    group = 2 if cfg.augment.mixup or cfg.augment.cutmix else 1  # mixing takes images in pairs
+    smaller = group * largest_divisor(per_device // group, micro_batch // (2 * group))
     proposals = []
-    if smaller < micro_batch and not (needs_pairs and smaller % 2):
+    if smaller < micro_batch:
         proposals.append(
             f"micro_batch={smaller} (accumulates {per_device // smaller} passes instead of {accumulation}; same result)"
         )
