@@ -30,7 +30,7 @@ VARIABLES = (
         "instructions of the cpu kernel: avx512, avx2 or portable",
     ),
     Variable("NATRAIN_DEBUG", "off", "any value: the command line shows tracebacks, as --traceback does"),
-    Variable("NATRAIN_PYTHON", "the first python3 that is new enough", "interpreter that scripts/setup.sh makes .venv with"),
+    Variable("NATRAIN_PYTHON", "the first python3 that is new enough", "interpreter of scripts/setup.sh"),
     Variable(
         "NATRAIN_NVCC",
         "nvcc of CUDA_HOME, PATH or pip's packages; without any, the NVRTC of torch's wheels",

@@ -1,0 +1,224 @@
+// Gradients of q, k, v and the bias from d_out, lse and what forward read: per block of queries the probabilities are
+// computed again, and the gradients of the tile's keys add up in packed buffers that only this unit writes.
+//
+// A slab owns its queries (d_q, the bias) and the keys at the same positions (d_k, d_v). It also visits the neighbouring
+// slabs' tiles that see its keys. Every sum's order is fixed by the problem, so no result depends on the threads.
+#pragma once
+
+#include "forward.h"
+
+namespace natrain {
+
+// scores -> probabilities, products -> d_scores, in place; `dropped` receives what multiplies the values.
+template <bool PAIRED>
+inline void softmax_backward(const Plan& plan, const Tile& tile, const LaneWindow& w, const BiasTable& table,
+                             const Real* bias, const Real* zeros, const DropoutRow* dropout, Real lse, Real d_lse,
+                             Real* scores, Real* products, Real* dropped) {
+  const Real keep_scale = plan.a.keep_scale;
+  Vector total = {};
+  over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
+    const int at = vector * LANES;
+    Vector s = load(scores + at);
+    if (bias) s += bias_vector<PAIRED>(table, bias, zeros, mask, z, y, x);
+    const Vector p = select(mask, exponential(s - lse), Vector{});
+    unsigned kept = mask;
+    Vector product = load(products + at);
+    if (dropout) {
+      kept = kept_lanes(plan, *dropout, w, mask, PAIRED, z, y, x);
+      product = product * keep_scale;
+      store(dropped + at, select(kept, p * keep_scale, Vector{}));
+    }
+    product = select(kept, product, Vector{});
+    total += p * product;
+    store(scores + at, p);
+    store(products + at, product);
+  });
+  const Real delta = sum_lanes(total) - d_lse;
+  const int vectors = tile.lanes / LANES;
+  for (int at = 0; at < vectors * LANES; at += LANES) {
+    store(products + at, load(scores + at) * (load(products + at) - delta));
+  }
+}
+
+// The bias gradient of one query's row of d_scores.
+template <bool PAIRED>
+inline void add_bias_gradient(const Plan& plan, const Tile& tile, const LaneWindow& w, const BiasTable& table,
+                              const Real* d_scores, Real* origin) {
+  typedef Real Half __attribute__((vector_size(VECTOR_BYTES / 2), aligned(alignof(Real)), may_alias));
+  over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
+    if (!mask) return;
+    Real* to = origin + int64_t(z * table.rows_y + y) * table.pitch + x;
+    const Real* from = d_scores + vector * LANES;
+    if constexpr (PAIRED) {
+      constexpr int half = LANES / 2;
+      if (mask & ((1u << half) - 1)) *reinterpret_cast<Half*>(to) += *reinterpret_cast<const Half*>(from);
+      if (mask >> half) *reinterpret_cast<Half*>(to + table.pitch) += *reinterpret_cast<const Half*>(from + half);
+    } else {
+      store(to, load(to) + load(from));
+    }
+  });
+}
+
+template <class E, bool PAIRED>
+inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
+  const Arguments& a = plan.a;
+  const int cut = a.slab_axis;
+  if (unit.is_empty(cut)) return;
+  // Own queries and keys, [own, own_end) along the cut axis; visited tiles are those that see an own key.
+  int tiles[3], tiles_end[3], first[3], end[3], own_first[3], own_end[3];
+  for (int axis = 0; axis < 3; ++axis) {
+    const std::vector<Span>& spans = unit.axes[axis]->tiles;
+    tiles[axis] = unit.tiles[axis], tiles_end[axis] = unit.tiles_end[axis];
+    own_first[axis] = spans[tiles[axis]].query, own_end[axis] = spans[tiles_end[axis] - 1].query_end;
+    while (tiles[axis] > 0 && spans[tiles[axis] - 1].key_end > own_first[axis]) --tiles[axis];
+    while (tiles_end[axis] < int(spans.size()) && spans[tiles_end[axis]].key < own_end[axis]) ++tiles_end[axis];
+    // Own keys that no own query sees (causal windows with a stride) still have gradients, of 0.
+    first[axis] = std::min(spans[tiles[axis]].key, own_first[axis]);
+    end[axis] = std::max(spans[tiles_end[axis] - 1].key_end, own_end[axis]);
+  }
+  const PackedBox box(plan, first, end);
+  const TileShape& shape = plan.shape;
+  const int lanes = box.dim_lanes;
+  Real* block = scratch.block.reserve(LANES * lanes);
+  Real* keys_t = scratch.keys_t.reserve(box.transposed_count(shape.row_lanes));
+  Real* values_t = scratch.values_t.reserve(box.transposed_count(shape.row_lanes));
+  Real* keys = scratch.keys.reserve(box.natural_count());
+  Real* d_keys = scratch.d_keys.reserve(box.natural_count());
+  Real* d_values = scratch.d_values.reserve(box.natural_count());
+  uint8_t* is_unsafe = scratch.is_unsafe.reserve(box.rows());
+  std::fill(is_unsafe, is_unsafe + box.rows(), uint8_t(0));
+  pack<E>(plan, unit, box, a.k, keys, keys_t, is_unsafe, block);
+  pack<E>(plan, unit, box, a.v, nullptr, values_t, is_unsafe, block);
+  // A query's row that is not finite would reach, times 0, keys that its tile holds and its window does not.
+  {
+    int query_first[3], query_end[3];
+    for (int axis = 0; axis < 3; ++axis) {
+      query_first[axis] = unit.axes[axis]->tiles[tiles[axis]].query;
+      query_end[axis] = unit.axes[axis]->tiles[tiles_end[axis] - 1].query_end;
+    }
+    for (int z = query_first[0]; z < query_end[0]; ++z) {
+      for (int y = query_first[1]; y < query_end[1]; ++y) {
+        Vector check = {};
+        for (int x = query_first[2]; x < query_end[2]; ++x) {
+          for (const TensorArgument* t : {&a.q, &a.d_out}) {
+            read_row(static_cast<const E*>(t->data) + unit.offset(a, *t, z, y, x), box.dims, Real(1), block);
+            for (int d = 0; d < lanes; d += LANES) check += load(block + d) * Real(0);
+          }
+        }
+        if (!(sum_lanes(check) == 0) && z < box.first[0] + box.size[0] && y < box.first[1] + box.size[1]) {
+          is_unsafe[box.row(z, y)] = 1;
+        }
+      }
+    }
+  }
+  std::fill(d_keys, d_keys + box.natural_count(), Real(0));
+  std::fill(d_values, d_values + box.natural_count(), Real(0));
+
+  const BiasTable table(plan);
+  const Real zeros[LANES] = {};
+  Real* rows = scratch.rows.reserve(3 * QUERY_BLOCK * lanes);
+  Real *d_out = rows + QUERY_BLOCK * lanes, *d_q = d_out + QUERY_BLOCK * lanes;
+  over_tiles(plan, unit, box, is_unsafe, tiles, tiles_end, [&](const Tile& tile) {
+    const bool is_own = tile.span[cut].query >= own_first[cut] && tile.span[cut].query < own_end[cut];
+    const int vectors = tile.lanes / LANES, queries = tile.queries();
+    const Real** key_columns = scratch.columns.reserve(4 * vectors);
+    const Real** value_columns = key_columns + 2 * vectors;
+    find_columns(shape, tile, box, keys_t, key_columns);
+    find_columns(shape, tile, box, values_t, value_columns);
+    const KeyRows key_rows = find_rows(shape, tile, box, scratch);
+    Real* scores = scratch.scores.reserve(int64_t(3) * QUERY_BLOCK * tile.lanes);
+    Real* products = scores + int64_t(QUERY_BLOCK) * tile.lanes;
+    Real* dropped = a.has_dropout ? products + int64_t(QUERY_BLOCK) * tile.lanes : scores;
+    const int blocks = (queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
+    for (int b = 0; b < blocks; ++b) {
+      const int from = queries * b / blocks, count = queries * (b + 1) / blocks - from;
+      int at[QUERY_BLOCK][3];
+      for (int i = 0; i < count; ++i) {
+        tile.position(from + i, at[i]);
+        const auto [z, y, x] = at[i];
+        read_row(static_cast<const E*>(a.q.data) + unit.offset(a, a.q, z, y, x), box.dims, Real(a.scale),
+                 rows + i * lanes);
+        read_row(static_cast<const E*>(a.d_out.data) + unit.offset(a, a.d_out, z, y, x), box.dims, Real(1),
+                 d_out + i * lanes);
+      }
+      score<PAIRED>(count, rows, lanes, box.dims, key_columns, box.column_pitch, vectors, scores, tile.lanes);
+      score<PAIRED>(count, d_out, lanes, box.dims, value_columns, box.column_pitch, vectors, products, tile.lanes);
+      for (int i = 0; i < count; ++i) {
+        const auto [z, y, x] = at[i];
+        const LaneWindow window = tile.window(unit, at[i]);
+        const int64_t origin = table.origin(plan, tile, at[i]);
+        const int64_t row = (int64_t(unit.image) * a.heads + unit.head) * a.length[0] * a.length[1] * a.length[2] +
+                            unit.token(a, z, y, x);
+        const DropoutRow dropout(a.seed, row);
+        const Real lse = static_cast<const Real*>(a.lse.data)[unit.offset(a, a.lse, z, y, x)];
+        const Real d_lse =
+            a.d_lse.data ? static_cast<const Real*>(a.d_lse.data)[unit.offset(a, a.d_lse, z, y, x)] : Real(0);
+        const int64_t score_at = int64_t(i) * tile.lanes;
+        softmax_backward<PAIRED>(plan, tile, window, table, a.rpb ? scratch.bias.data() + origin : nullptr, zeros,
+                                 a.has_dropout ? &dropout : nullptr, lse, d_lse, scores + score_at,
+                                 products + score_at, dropped + score_at);
+        if (a.d_rpb && is_own) {
+          add_bias_gradient<PAIRED>(plan, tile, window, table, products + score_at, scratch.d_bias.data() + origin);
+        }
+      }
+      if (is_own) {
+        weigh(count, products, tile.lanes, key_rows, keys, d_q);
+        for (int i = 0; i < count; ++i) {
+          const int64_t offset = unit.offset(a, a.d_q, at[i][0], at[i][1], at[i][2]);
+          write_row(static_cast<E*>(a.d_q.data) + offset, box.dims, Real(a.scale), d_q + i * lanes);
+        }
+      }
+      scatter(count, products, tile.lanes, key_rows, rows, d_keys);
+      scatter(count, dropped, tile.lanes, key_rows, d_out, d_values);
+    }
+  });
+
+  for (int z = own_first[0]; z < own_end[0]; ++z) {
+    for (int y = own_first[1]; y < own_end[1]; ++y) {
+      for (int x = own_first[2]; x < own_end[2]; ++x) {
+        const int64_t from = box.natural(box.row(z, y)) + int64_t(x - box.first[2]) * lanes;
+        write_row(static_cast<E*>(a.d_k.data) + unit.offset(a, a.d_k, z, y, x), box.dims, Real(1), d_keys + from);
+        write_row(static_cast<E*>(a.d_v.data) + unit.offset(a, a.d_v, z, y, x), box.dims, Real(1), d_values + from);
+      }
+    }
+  }
+}
+
+template <class E, bool PAIRED>
+inline void backward(const Plan& plan) {
+  const Arguments& a = plan.a;
+  // Each task sums the bias gradient over its own units; how many there are depends on the problem alone.
+  constexpr int64_t enough_tasks = 64;
+  const int64_t units = plan.units_per_head();
+  const int64_t parts = std::min(units, (enough_tasks + a.heads - 1) / a.heads);
+  const int64_t tasks = parts * a.heads;
+  const BiasTable table(plan);
+  const int64_t entries = int64_t(table.rows) * plan.rpb_rows[2];
+  std::vector<Real> partial(a.d_rpb ? tasks * entries : 0);
+#pragma omp parallel num_threads(int(std::min<int64_t>(a.threads, tasks)))
+  {
+    Scratch scratch;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const int head = task % a.heads;
+      const int64_t part = task / a.heads;
+      if (a.rpb) table.read(plan, head, scratch.bias.reserve(table.count()));
+      if (a.d_rpb) {
+        Real* d_bias = scratch.d_bias.reserve(table.count());
+        std::fill(d_bias, d_bias + table.count(), Real(0));
+      }
+      for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit) {
+        backward_unit<E, PAIRED>(plan, Unit(plan, unit, head), scratch);
+      }
+      if (a.d_rpb) table.add(plan, scratch.d_bias.data(), partial.data() + task * entries);
+    }
+  }
+  if (!a.d_rpb) return;
+  for (int64_t i = 0; i < a.heads * entries; ++i) a.d_rpb[i] = 0;
+  for (int64_t task = 0; task < tasks; ++task) {
+    Real* to = a.d_rpb + task % a.heads * entries;
+    for (int64_t i = 0; i < entries; ++i) to[i] += partial[task * entries + i];
+  }
+}
+
+}  // namespace natrain

@@ -1,0 +1,117 @@
+// out and lse: per block of queries, scores of the whole tile, softmax, weighted sum. Nothing outlives the block.
+#pragma once
+
+#include "unit.h"
+
+namespace natrain {
+
+// scores -> probabilities times their sum, in place (dropped ones 0); returns that sum and the scores' maximum.
+template <bool PAIRED>
+inline void softmax(const Plan& plan, const Tile& tile, const LaneWindow& w, const BiasTable& table, const Real* bias,
+                    const Real* zeros, const DropoutRow* dropout, Real* scores, Real& sum, Real& most) {
+  constexpr Real infinity = std::numeric_limits<Real>::infinity();
+  Vector highest = broadcast(-infinity);
+  over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
+    Vector s = load(scores + vector * LANES);
+    if (bias) s += bias_vector<PAIRED>(table, bias, zeros, mask, z, y, x);
+    s = select(mask, s, broadcast(-infinity));
+    highest = maximum(s, highest);
+    store(scores + vector * LANES, s);
+  });
+  most = max_lanes(highest);
+  Vector total = {};
+  over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
+    Vector p = exponential(load(scores + vector * LANES) - most);
+    total += p;
+    if (dropout) p = select(kept_lanes(plan, *dropout, w, mask, PAIRED, z, y, x), p, Vector{});
+    store(scores + vector * LANES, p);
+  });
+  sum = sum_lanes(total);
+}
+
+template <class E, bool PAIRED>
+inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
+  const Arguments& a = plan.a;
+  if (unit.is_empty(a.slab_axis)) return;
+  int first[3], end[3];
+  for (int axis = 0; axis < 3; ++axis) {
+    first[axis] = unit.axes[axis]->tiles[unit.tiles[axis]].key;
+    end[axis] = unit.axes[axis]->tiles[unit.tiles_end[axis] - 1].key_end;
+  }
+  const PackedBox box(plan, first, end);
+  const TileShape& shape = plan.shape;
+  const int lanes = box.dim_lanes;
+  Real* block = scratch.block.reserve(LANES * lanes);
+  Real* keys_t = scratch.keys_t.reserve(box.transposed_count(shape.row_lanes));
+  Real* values = scratch.values.reserve(box.natural_count());
+  uint8_t* is_unsafe = scratch.is_unsafe.reserve(box.rows());
+  std::fill(is_unsafe, is_unsafe + box.rows(), uint8_t(0));
+  pack<E>(plan, unit, box, a.k, nullptr, keys_t, is_unsafe, block);
+  pack<E>(plan, unit, box, a.v, values, nullptr, is_unsafe, block);
+
+  const BiasTable table(plan);
+  const Real zeros[LANES] = {};
+  Real* rows = scratch.rows.reserve(2 * QUERY_BLOCK * lanes);
+  Real* out = rows + QUERY_BLOCK * lanes;
+  over_tiles(plan, unit, box, is_unsafe, unit.tiles, unit.tiles_end, [&](const Tile& tile) {
+    const int vectors = tile.lanes / LANES, queries = tile.queries();
+    const Real** columns = scratch.columns.reserve(2 * vectors);
+    find_columns(shape, tile, box, keys_t, columns);
+    const KeyRows keys = find_rows(shape, tile, box, scratch);
+    Real* scores = scratch.scores.reserve(int64_t(QUERY_BLOCK) * tile.lanes);
+    const int blocks = (queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
+    for (int b = 0; b < blocks; ++b) {
+      const int from = queries * b / blocks, count = queries * (b + 1) / blocks - from;
+      int at[QUERY_BLOCK][3];
+      for (int i = 0; i < count; ++i) {
+        tile.position(from + i, at[i]);
+        const E* q = static_cast<const E*>(a.q.data) + unit.offset(a, a.q, at[i][0], at[i][1], at[i][2]);
+        read_row(q, box.dims, Real(a.scale), rows + i * lanes);
+      }
+      score<PAIRED>(count, rows, lanes, box.dims, columns, box.column_pitch, vectors, scores, tile.lanes);
+      Real sum[QUERY_BLOCK], most[QUERY_BLOCK];
+      for (int i = 0; i < count; ++i) {
+        const Real* bias = a.rpb ? scratch.bias.data() + table.origin(plan, tile, at[i]) : nullptr;
+        const int64_t row = (int64_t(unit.image) * a.heads + unit.head) * a.length[0] * a.length[1] * a.length[2] +
+                            unit.token(a, at[i][0], at[i][1], at[i][2]);
+        const DropoutRow dropout(a.seed, row);
+        softmax<PAIRED>(plan, tile, tile.window(unit, at[i]), table, bias, zeros, a.has_dropout ? &dropout : nullptr,
+                        scores + int64_t(i) * tile.lanes, sum[i], most[i]);
+      }
+      weigh(count, scores, tile.lanes, keys, values, out);
+      for (int i = 0; i < count; ++i) {
+        const int64_t out_at = unit.offset(a, a.out, at[i][0], at[i][1], at[i][2]);
+        write_row(static_cast<E*>(a.out.data) + out_at, box.dims, Real(a.keep_scale) / sum[i], out + i * lanes);
+        // An infinite score makes the probabilities NaN, but the sum of exponentials is infinite.
+        const bool is_infinite = most[i] == std::numeric_limits<Real>::infinity();
+        Real* lse = static_cast<Real*>(a.lse.data) + unit.offset(a, a.lse, at[i][0], at[i][1], at[i][2]);
+        *lse = is_infinite ? most[i] : most[i] + std::log(sum[i]);
+      }
+    }
+  });
+}
+
+template <class E, bool PAIRED>
+inline void forward(const Plan& plan) {
+  const Arguments& a = plan.a;
+  const int64_t units = plan.units_per_head() * a.heads;
+#pragma omp parallel num_threads(int(std::min<int64_t>(a.threads, units)))
+  {
+    Scratch scratch;
+    int bias_head = -1;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t index = 0; index < units; ++index) {
+      // Heads innermost: they are neighbours in memory.
+      const int head = index % a.heads;
+      const Unit unit(plan, index / a.heads, head);
+      if (a.rpb && head != bias_head) {
+        const BiasTable table(plan);
+        table.read(plan, head, scratch.bias.reserve(table.count()));
+        bias_head = head;
+      }
+      forward_unit<E, PAIRED>(plan, unit, scratch);
+    }
+  }
+}
+
+}  // namespace natrain

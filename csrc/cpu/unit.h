@@ -1,0 +1,282 @@
+// The keys of one unit, packed once as Reals, and the walk over its tiles.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "problem.h"
+#include "products.h"
+
+namespace natrain {
+
+// Memory of one thread, aligned, that grows to the largest unit and is used again by the next.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { std::free(data_); }
+
+  T* reserve(int64_t count) {
+    if (count > capacity_) {
+      std::free(data_);
+      data_ = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+      if (!data_) std::abort();
+      capacity_ = count;
+    }
+    return data_;
+  }
+  T* data() const { return data_; }
+
+ private:
+  T* data_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+// Where the keys [first, end) per axis lie in packed buffers. Rows run along x.
+struct PackedBox {
+  int first[3], size[3];
+  int dims, dim_lanes;
+  int64_t column_pitch;  // of transposed rows: from one component of head_dim to the next
+
+  PackedBox(const Plan& plan, const int (&from)[3], const int (&to)[3]) {
+    for (int axis = 0; axis < 3; ++axis) first[axis] = from[axis], size[axis] = to[axis] - from[axis];
+    dims = plan.a.head_dim;
+    dim_lanes = plan.dim_lanes;
+    // An odd number of vectors, so that the components of a key do not fall into the same few cache sets.
+    column_pitch = round_up(size[2], LANES);
+    if (column_pitch / LANES % 2 == 0) column_pitch += LANES;
+  }
+
+  int rows() const { return size[0] * size[1]; }
+  int row(int z, int y) const { return (z - first[0]) * size[1] + (y - first[1]); }
+  int64_t natural_count() const { return int64_t(rows()) * size[2] * dim_lanes; }
+  // The last row may be read past its end by a tile's unused lanes.
+  int64_t transposed_count(int row_lanes) const { return int64_t(rows()) * dims * column_pitch + row_lanes + LANES; }
+  int64_t natural(int row) const { return int64_t(row) * size[2] * dim_lanes; }
+  int64_t transposed(int row) const { return int64_t(row) * dims * column_pitch; }
+};
+
+// Copies a tensor's keys into `natural` [rows][x][D] and / or `transposed` [rows][D][x]; a row that holds inf or NaN is
+// marked, for 0 * inf would carry it to queries that do not attend to it.
+template <class E>
+inline void pack(const Plan& plan, const Unit& unit, const PackedBox& box, const TensorArgument& tensor, Real* natural,
+                 Real* transposed, uint8_t* is_unsafe, Real* block) {
+  const int dims = box.dims, lanes = box.dim_lanes;
+  const int64_t step = tensor.token[2] * plan.a.dilation[2];
+  for (int row = 0; row < box.rows(); ++row) {
+    const int z = box.first[0] + row / box.size[1], y = box.first[1] + row % box.size[1];
+    const E* from = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, z, y, box.first[2]);
+    Vector check = {};
+    for (int x = 0; x < box.size[2]; x += LANES) {
+      const int count = std::min(LANES, box.size[2] - x);
+      Real* to = natural ? natural + box.natural(row) + int64_t(x) * lanes : block;
+      for (int i = 0; i < count; ++i) {
+        read_row(from + (x + i) * step, dims, Real(1), to + i * lanes);
+        for (int d = 0; d < lanes; d += LANES) check += load(to + i * lanes + d) * Real(0);
+      }
+      if (!transposed) continue;
+      for (int d = 0; d < dims; d += LANES) {
+        Vector rows[LANES] = {};
+        for (int i = 0; i < count; ++i) rows[i] = load(to + i * lanes + d);
+        transpose(rows);
+        Real* out = transposed + box.transposed(row) + d * box.column_pitch + x;
+        for (int i = 0; i < std::min(LANES, dims - d); ++i) store(out + i * box.column_pitch, rows[i]);
+      }
+    }
+    is_unsafe[row] |= !(sum_lanes(check) == 0);
+  }
+}
+
+// A query's window as lanes and rows of its tile.
+struct LaneWindow {
+  int z, z_end, y, y_end, x, x_end;
+};
+
+// The queries of three spans, and the keys they attend to together.
+struct Tile {
+  Span span[3];
+  int queries() const { return span[0].queries() * span[1].queries() * span[2].queries(); }
+  int rows_y, lanes;  // rows along y, padded; lanes of scores
+
+  Tile(const TileShape& shape, const Span& z, const Span& y, const Span& x) : span{z, y, x} {
+    rows_y = shape.padded_rows(y.keys());
+    lanes = round_up(z.keys() * rows_y * shape.row_lanes, LANES);
+  }
+
+  void position(int query, int (&at)[3]) const {
+    at[2] = span[2].query + query % span[2].queries();
+    query /= span[2].queries();
+    at[1] = span[1].query + query % span[1].queries();
+    at[0] = span[0].query + query / span[1].queries();
+  }
+
+  LaneWindow window(const Unit& unit, const int (&at)[3]) const {
+    const auto start = [&](int axis) { return unit.axes[axis]->start[at[axis]] - span[axis].key; };
+    const auto end = [&](int axis) { return unit.axes[axis]->end[at[axis]] - span[axis].key; };
+    return {start(0), end(0), start(1), end(1), start(2), end(2)};
+  }
+};
+
+// The bias of one head as Reals with a margin of a row of lanes on both sides, so that vectors may overhang.
+struct BiasTable {
+  int margin, pitch, rows_y, rows;
+
+  explicit BiasTable(const Plan& plan)
+      : margin(plan.shape.row_lanes + LANES),
+        pitch(round_up(plan.rpb_rows[2] + 2 * margin, LANES)),
+        rows_y(plan.rpb_rows[1]),
+        rows(plan.rpb_rows[0] * plan.rpb_rows[1]) {}
+
+  int64_t count() const { return int64_t(rows) * pitch; }
+
+  // Lane 0 of row (z, y) = (0, 0) of a tile, for the query at `at`. Only the window's own rows may be read.
+  int64_t origin(const Plan& plan, const Tile& tile, const int (&at)[3]) const {
+    int64_t offset[3];
+    for (int axis = 0; axis < 3; ++axis) {
+      offset[axis] = tile.span[axis].key - at[axis] + plan.a.kernel_size[axis] - 1;
+    }
+    return (offset[0] * rows_y + offset[1]) * pitch + offset[2] + margin;
+  }
+
+  void read(const Plan& plan, int head, Real* table) const {
+    const int width = plan.rpb_rows[2];
+    std::fill(table, table + count(), Real(0));
+    for (int row = 0; row < rows; ++row) {
+      const Real* from = plan.a.rpb + (int64_t(head) * rows + row) * width;
+      std::copy(from, from + width, table + int64_t(row) * pitch + margin);
+    }
+  }
+
+  void add(const Plan& plan, const Real* table, Real* to) const {
+    const int width = plan.rpb_rows[2];
+    for (int row = 0; row < rows; ++row) {
+      for (int x = 0; x < width; ++x) to[int64_t(row) * width + x] += table[int64_t(row) * pitch + margin + x];
+    }
+  }
+};
+
+// Calls f(vector index, lane mask, first row z, y, first lane x) for every vector of a tile's scores; a mask's bits are the
+// lanes that hold keys of the query's window.
+template <bool PAIRED, class F>
+inline void over_vectors(const TileShape& shape, const Tile& tile, const LaneWindow& w, F&& f) {
+  int vector = 0;
+  if constexpr (PAIRED) {
+    constexpr int half = LANES / 2;
+    const unsigned row_mask = lane_range(w.x, w.x_end);
+    for (int z = 0; z < tile.span[0].keys(); ++z) {
+      const bool has_z = z >= w.z && z < w.z_end;
+      for (int y = 0; y < tile.rows_y; y += 2) {
+        const unsigned low = has_z && y >= w.y && y < w.y_end ? row_mask : 0;
+        const unsigned high = has_z && y + 1 >= w.y && y + 1 < w.y_end ? row_mask << half : 0;
+        f(vector++, low | high, z, y, 0);
+      }
+    }
+  } else {
+    for (int z = 0; z < tile.span[0].keys(); ++z) {
+      const bool has_z = z >= w.z && z < w.z_end;
+      for (int y = 0; y < tile.rows_y; ++y) {
+        const bool has_row = has_z && y >= w.y && y < w.y_end;
+        for (int x = 0; x < shape.row_lanes; x += LANES) {
+          f(vector++, has_row ? lane_range(w.x - x, w.x_end - x) : 0u, z, y, x);
+        }
+      }
+    }
+  }
+}
+
+// The bias of the lanes that over_vectors names; lanes outside the mask are anything.
+template <bool PAIRED>
+inline Vector bias_vector(const BiasTable& table, const Real* origin, const Real* zeros, unsigned mask, int z, int y,
+                          int x) {
+  const Real* low = origin + int64_t(z * table.rows_y + y) * table.pitch + x;
+  if constexpr (PAIRED) {
+    constexpr unsigned half = (1u << LANES / 2) - 1;
+    return load_pair(mask & half ? low : zeros, mask >> LANES / 2 ? low + table.pitch : zeros);
+  }
+  return load(mask ? low : zeros);
+}
+
+// Which lanes dropout keeps.
+inline unsigned kept_lanes(const Plan& plan, const DropoutRow& row, const LaneWindow& w, unsigned mask, bool is_paired,
+                           int z, int y, int x) {
+  const Arguments& a = plan.a;
+  unsigned kept = 0;
+  const int width = is_paired ? LANES / 2 : LANES;
+  for (int lane = 0; lane < LANES; ++lane) {
+    const int row_y = y + lane / width - w.y, column = x + lane % width - w.x;
+    const int slot = ((z - w.z) * int(a.kernel_size[1]) + row_y) * int(a.kernel_size[2]) + column;
+    kept |= unsigned(row.keeps(slot, unsigned(a.drop_threshold))) << lane;
+  }
+  return kept & mask;
+}
+
+// What forward and backward share: one thread's scratch, and the tiles of a unit.
+struct Scratch {
+  Buffer<Real> keys_t, values_t, keys, values, d_keys, d_values, bias, d_bias, block, rows, scores;
+  Buffer<uint8_t> is_unsafe;
+  Buffer<const Real*> columns;
+  Buffer<int> row_lane;
+  Buffer<int64_t> row_first;
+};
+
+// Fills `columns` for every vector (or half) of the tile's scores out of `transposed`.
+inline void find_columns(const TileShape& shape, const Tile& tile, const PackedBox& box, const Real* transposed,
+                         const Real** columns) {
+  for (int z = 0; z < tile.span[0].keys(); ++z) {
+    for (int y = 0; y < tile.rows_y; ++y) {
+      const int row = box.row(tile.span[0].key + z, std::min(tile.span[1].key + y, tile.span[1].key_end - 1));
+      const Real* first = transposed + box.transposed(row) + (tile.span[2].key - box.first[2]);
+      const int step = shape.is_paired ? shape.row_lanes : LANES;
+      for (int x = 0; x < shape.row_lanes; x += step) *columns++ = first + x;
+    }
+  }
+}
+
+inline KeyRows find_rows(const TileShape& shape, const Tile& tile, const PackedBox& box, Scratch& scratch) {
+  const int count = tile.span[0].keys() * tile.span[1].keys();
+  int* lane = scratch.row_lane.reserve(count);
+  int64_t* first = scratch.row_first.reserve(count);
+  int r = 0;
+  for (int z = 0; z < tile.span[0].keys(); ++z) {
+    for (int y = 0; y < tile.span[1].keys(); ++y, ++r) {
+      lane[r] = (z * tile.rows_y + y) * shape.row_lanes;
+      first[r] = box.natural(box.row(tile.span[0].key + z, tile.span[1].key + y)) +
+                 int64_t(tile.span[2].key - box.first[2]) * box.dim_lanes;
+    }
+  }
+  return {count, tile.span[2].keys(), box.dim_lanes, lane, first};
+}
+
+// Runs f(tile) over the tiles [from, to) of a unit. A tile that sees an unsafe row is cut into single queries, whose keys
+// are exactly their own window.
+template <class F>
+inline void over_tiles(const Plan& plan, const Unit& unit, const PackedBox& box, const uint8_t* is_unsafe,
+                       const int (&from)[3], const int (&to)[3], F&& f) {
+  const auto& axes = unit.axes;
+  for (int tz = from[0]; tz < to[0]; ++tz) {
+    for (int ty = from[1]; ty < to[1]; ++ty) {
+      const Span &z = axes[0]->tiles[tz], &y = axes[1]->tiles[ty];
+      bool is_safe = true;
+      for (int kz = z.key; kz < z.key_end; ++kz) {
+        for (int ky = y.key; ky < y.key_end; ++ky) is_safe = is_safe && !is_unsafe[box.row(kz, ky)];
+      }
+      for (int tx = from[2]; tx < to[2]; ++tx) {
+        const Span& x = axes[2]->tiles[tx];
+        if (is_safe) {
+          f(Tile(plan.shape, z, y, x));
+          continue;
+        }
+        for (int qz = z.query; qz < z.query_end; ++qz) {
+          for (int qy = y.query; qy < y.query_end; ++qy) {
+            for (int qx = x.query; qx < x.query_end; ++qx) {
+              f(Tile(plan.shape, axes[0]->span(qz, qz + 1), axes[1]->span(qy, qy + 1), axes[2]->span(qx, qx + 1)));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace natrain

@@ -1,0 +1,135 @@
+"""The cpu kernel: fused forward and backward in vectorised C++ (csrc/cpu), compiled at first use by natrain.jit.host.
+
+Limits: any rank, head dim and window; float32 and float64, and bfloat16 and float16 with float32 sums. One library for
+each type of sum serves them all. Results do not depend on the number of threads, which is torch's.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from natrain.jit import BuildSpec, find_built, host, source_root
+from natrain.ops.dropout import drop_threshold
+from natrain.ops.problem import Problem
+from natrain.ops.reference import accumulate_dtype
+from natrain.ops.registry import FusedKernel, Limits, register
+
+# Codes of csrc/cpu/problem.h.
+_ELEMENTS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
+_REALS = {torch.float32: "float", torch.float64: "double"}
+# Mirrors struct Arguments there; every member has 8 bytes.
+_SIZES, _OPTIONS, _TENSOR = "3q15q", "3q2d3q2Q", "Q5q"
+_NO_TENSOR = (0,) * 6
+
+
+@functools.lru_cache
+def build_spec(dtype: torch.dtype, level: str) -> BuildSpec:
+    """What to compile for inputs of ``dtype`` on processors of ``level`` (see ``host.LEVELS``)."""
+    real, root = _REALS[accumulate_dtype(dtype)], source_root()
+    return BuildSpec(
+        name=f"cpu-{real}-{level}",
+        sources=(root / "cpu" / "attention.cpp",),
+        include_dirs=(root / "cpu", root / "include"),
+        defines=(("NATRAIN_REAL", real),),
+        flags=(),
+        toolchain=host.HostToolchain(level),
+    )
+
+
+@functools.lru_cache
+def _library(dtype: torch.dtype):
+    return host.load(build_spec(dtype, host.cpu_level()))
+
+
+@functools.lru_cache
+def _reasons(dtype: torch.dtype) -> tuple[str, ...]:
+    """Whether there is a compiler, or what it once made; asked once a process."""
+    if host.find_compiler() or find_built(build_spec(dtype, host.cpu_level())):
+        return ()
+    return (f"no C++ compiler, and nothing compiled before: {host.REMEDY}",)
+
+
+def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
+    """``values`` of a problem's axes, with ``missing`` for the leading axes it lacks."""
+    return (missing,) * (3 - len(values)) + tuple(int(value) for value in values)
+
+
+def _tensor(x: Tensor | None, na_dim: int) -> tuple[int, ...]:
+    """struct TensorArgument of [B, *S, N, ...]."""
+    if x is None:
+        return _NO_TENSOR
+    strides = x.stride()
+    return x.data_ptr(), strides[0], *_three(strides[1 : 1 + na_dim], 0), strides[1 + na_dim]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` itself unless its last axis has gaps (an expanded gradient): the kernel reads rows of adjacent elements."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _run(
+    entry: str,
+    problem: Problem,
+    tensors: Sequence[Tensor | None],
+    rpb: Tensor | None,
+    d_rpb: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> None:
+    window, na_dim = problem.window, problem.window.na_dim
+    fields = [
+        problem.batch, problem.heads, problem.head_dim,
+        *_three(problem.spatial, 1), *_three(window.kernel_size, 1), *_three(window.dilation, 1),
+        *_three(window.stride, 1), *_three(window.is_causal, 0),
+        3 - na_dim, _ELEMENTS[problem.dtype], torch.get_num_threads(),
+        scale, 1 / (1 - dropout_p),
+        seed is not None, drop_threshold(dropout_p), 0 if seed is None else seed.item(),
+        0 if rpb is None else rpb.data_ptr(), 0 if d_rpb is None else d_rpb.data_ptr(),
+    ]  # fmt: skip
+    for x in tensors:
+        fields += _tensor(x, na_dim)
+    getattr(_library(problem.dtype), entry)(struct.pack(_SIZES + _OPTIONS + _TENSOR * len(tensors), *fields))
+
+
+class CpuKernel(FusedKernel):
+    """One forward, one backward, for every processor that has a C++ compiler."""
+
+    name = "cpu"
+    summary = "vectorised C++ (AVX-512, AVX2, portable), fused; any rank, head dim and window, one backward"
+    priority = 10
+    limits = Limits(devices=frozenset({"cpu"}), dtypes=frozenset(_ELEMENTS))
+
+    def extra_reasons(self, problem: Problem) -> list[str]:
+        return list(_reasons(problem.dtype))
+
+    def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):
+        acc = accumulate_dtype(q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty(q.shape[:-1], dtype=acc)
+        if not out.numel():
+            return out, lse
+        rpb = None if rpb is None else rpb.to(acc).contiguous()
+        tensors = (_rows(q), _rows(k), _rows(v), out, lse, None, None, None, None, None)
+        _run("natrain_cpu_forward", problem, tensors, rpb, None, seed, scale, dropout_p)
+        return out, lse
+
+    def backward(
+        self, problem, d_out, d_lse, q, k, v, rpb, out, lse, seed, scale, dropout_p, d_q, d_k, d_v
+    ):  # fmt: skip
+        acc = accumulate_dtype(q.dtype)
+        rpb = None if rpb is None else rpb.to(acc).contiguous()
+        d_rpb = None if rpb is None else torch.zeros_like(rpb)
+        if not q.numel():
+            return d_rpb
+        tensors = (_rows(q), _rows(k), _rows(v), None, lse, _rows(d_out), d_lse, d_q, d_k, d_v)
+        _run("natrain_cpu_backward", problem, tensors, rpb, d_rpb, seed, scale, dropout_p)
+        return d_rpb
+
+
+register(CpuKernel())
