@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import sys
 
 import natrain
+from natrain import env
 from natrain.errors import nearest
 
 # command -> (module, one-line meaning); modules are imported when their command runs.
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return module.run(arguments)
     except ValueError as error:
-        if arguments.traceback or os.environ.get("NATRAIN_DEBUG"):
+        if arguments.traceback or env.read("NATRAIN_DEBUG"):
             raise
         return _complain(str(error))
     except KeyboardInterrupt:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("torch", "torchvision", "timm", "lightning", "hydra-core", "omegaconf", "numpy", "pillow")
@@ -16,47 +15,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import torch
-
     import natrain
 
-    print(f"natrain     {natrain.__version__} in {os.path.dirname(natrain.__file__)}")
-    print(f"python      {platform.python_version()} on {platform.platform()}")
+    _show("natrain", f"{natrain.__version__} in {os.path.dirname(natrain.__file__)}")
+    _show("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
-        print(f"{package:11} {_version(package)}")
-    print(f"cores       {len(os.sched_getaffinity(0))} for this process, torch uses {torch.get_num_threads()} threads")
-    print(f"CUDA        {_cuda()}")
-    for name in ("c++", "nvcc", "ninja"):
-        print(f"{name:11} {shutil.which(name) or 'not found'}")
-    print("\nkernels")
-    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
-        for dtype in (torch.float32, torch.bfloat16):
-            print(_kernels(device, dtype))
+        _show(package, _version(package))
+    _devices()
+    _compilers()
+    _environment()
+    print("\nkernels, for the first stage of nat_tiny at 224 pixels in training")
+    _kernels()
     return 0
+
+
+def _show(title: str, value: object) -> None:
+    print(f"{title:13}{value}")
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return f"not installed (pip install {package})"
 
 
-def _cuda() -> str:
+def _devices() -> None:
     import torch
 
+    from natrain.jit.host import cpu_level
+
+    _show("cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads, instructions {cpu_level()}")
     if not torch.cuda.is_available():
-        return f"no device (torch was built for CUDA {torch.version.cuda or 'none'})"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return f"{torch.version.cuda}: {', '.join(names)}"
+        _show("cuda", f"no device (torch was built for CUDA {torch.version.cuda or 'none'})")
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        capability = f"{device.major}.{device.minor}"
+        _show(f"cuda:{index}", f"{device.name}, capability {capability}, {device.total_memory / 2**30:.0f} GiB")
 
 
-def _kernels(device: str, dtype) -> str:
-    """Every kernel's verdict on training NAT's first stage at 224 pixels: 56x56 tokens, kernel 7, 2 heads of 32."""
+def _compilers() -> None:
+    from natrain.jit import cache
+    from natrain.jit.cuda import find_nvcc
+    from natrain.jit.host import find_compiler
+    from natrain.jit.nvrtc import find_nvrtc
+
+    _show("C++", find_compiler() or "not found (apt install g++)")
+    _show("nvcc", find_nvcc() or "not found; NVRTC serves in its place")
+    _show("NVRTC", find_nvrtc() or "not found")
+    _show("cache", f"{cache.folder()} holds {len(cache.entries())} compiled kernels")
+
+
+def _environment() -> None:
+    from natrain import env
+
+    for variable in env.VARIABLES:
+        if (value := env.read(variable.name)) is not None:
+            _show(variable.name, f"{value}  ({variable.meaning})")
+    for name, nearest in env.misspelt().items():
+        _show(name, f"unknown{f', did you mean {nearest}?' if nearest else ''}")
+
+
+def _kernels() -> None:
     import torch
 
     from natrain.ops import explain
 
-    q = torch.empty(1, 56, 56, 2, 32, device=device, dtype=dtype, requires_grad=True)
-    rpb = torch.empty(2, 13, 13, device=device, requires_grad=True)
-    return str(explain(q, q, q, 7, rpb=rpb))
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        for dtype in (torch.float32, torch.bfloat16):
+            q = torch.empty(1, 56, 56, 2, 32, device=device, dtype=dtype, requires_grad=True)
+            rpb = torch.empty(2, 13, 13, device=device, requires_grad=True)
+            print(explain(q, q, q, 7, rpb=rpb))
