@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model: sets up .venv, then trains a small NAT on scikit-learn's handwritten digits, on
-# the GPU if there is one. Running it again replaces runs/quickstart. Further settings may follow: name=mine seed=1 ...
+# the GPU if there is one. Run again, it moves runs/quickstart aside and trains anew. Settings may follow: seed=1 ...
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 setup digits

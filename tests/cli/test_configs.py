@@ -67,7 +67,7 @@ def test_every_choice_composes(group, choice):
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_trains_two_steps(group, choice, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    data = choice if group == "data" or choice in ("digits", "cifar10") else "digits"
+    data = choice if choice in ("digits", "cifar10") else "imagefolder" if group in ("data", "recipe") else "digits"
     words = settings_for(data, tmp_path)
     words += [] if group == "data" else [f"{group}={choice}"]
     assert main(["train", *words, *SMALL]) == 0
