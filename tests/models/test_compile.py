@@ -7,6 +7,14 @@ import torch
 
 from tests.models.test_timm import FAMILIES, create, images
 
+# Tracing costs seconds a block: two stages, and two blocks of different dilation, hold every kind of layer.
+SHORT = {
+    "nat": dict(depths=(2, 1), dilations=((1, 2), 1)),
+    "dinat_s": dict(depths=(1, 1)),
+    "isotropic": dict(depth=2),
+    "vitrpb": dict(depth=1),
+}
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -15,7 +23,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fullgraph_in_training(family: str) -> None:
-    model, x = create(family).train(), images(family)
+    model, x = create(family, **SHORT[family]).train(), images(family)
     expected = torch.autograd.grad(model(x).square().sum(), list(model.parameters()))
     # aot_eager traces forward and backward as inductor does, without its minutes of code generation.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -23,9 +31,10 @@ def test_fullgraph_in_training(family: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["nat", "dinat_s", "isotropic"])
 def test_fullgraph_with_dynamic_sizes(family: str) -> None:
-    model = create(family).eval()
+    model = create(family, **SHORT[family]).eval()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     height, width = FAMILIES[family][2]
     for size in ((2, 3, height, width), (3, 3, height + 13, width + 30)):
@@ -36,14 +45,14 @@ def test_fullgraph_with_dynamic_sizes(family: str) -> None:
 
 @pytest.mark.parametrize("policy", ["shrink", "natten014"])
 def test_fullgraph_of_the_padding_policies(policy: str) -> None:
-    model, x = create("nat", na_padding=policy).eval(), torch.randn(2, 3, 40, 57)
+    model, x = create("nat", na_padding=policy, depths=(1, 1), dilations=(4, 3)).eval(), torch.randn(2, 3, 40, 57)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_fullgraph_with_checkpointing_and_dropped_paths() -> None:
-    model, x = create("nat", drop_path_rate=0.5).train(), images("nat")
+    model, x = create("nat", drop_path_rate=0.5, **SHORT["nat"]).train(), images("nat")
     model.set_grad_checkpointing()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     compiled(x).square().sum().backward()
@@ -52,6 +61,6 @@ def test_fullgraph_with_checkpointing_and_dropped_paths() -> None:
 
 @pytest.mark.slow
 def test_inductor() -> None:
-    model, x = create("nat").eval(), images("nat")
+    model, x = create("nat", **SHORT["nat"]).eval(), images("nat")
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-4, atol=1e-5)

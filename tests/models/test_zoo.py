@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import pytest
 import timm
 import torch
@@ -53,8 +56,8 @@ def macs_of(model: nn.Module, *image: int) -> int:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             total += out.numel() * module.weight[0].numel()
         else:
-            tokens = out.shape[1] * out.shape[2]
-            neighbours = tokens if isinstance(module, GlobalAttention2d) else 7 * 7
+            # A bias table of 2k - 1 entries per axis belongs to k neighbours.
+            neighbours = math.prod((entries + 1) // 2 for entries in module.rpb.shape[1:])
             total += 2 * neighbours * out.numel()
 
     for module in model.modules():
@@ -63,6 +66,13 @@ def macs_of(model: nn.Module, *image: int) -> int:
     with torch.no_grad():
         model(torch.empty(1, *image, device="meta"))
     return total
+
+
+@functools.cache
+def measured(name: str) -> tuple[nn.Module, int, int]:
+    """The model on the meta device, its parameters, the multiply-adds of one image of its input size."""
+    model = on_meta(name)
+    return model, parameters_of(model), macs_of(model, *model.pretrained_cfg["input_size"])
 
 
 def test_every_model_is_listed_once() -> None:
@@ -74,9 +84,9 @@ def test_every_model_is_listed_once() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_size(name: str) -> None:
     parameters, gmacs, heads, drop_path, plan = PUBLISHED[name]
-    model = on_meta(name)
-    assert parameters_of(model) == parameters
-    assert macs_of(model, 3, 224, 224) == pytest.approx(gmacs * 1e9, rel=0.01)
+    model, got_parameters, macs = measured(name)
+    assert got_parameters == parameters
+    assert macs == pytest.approx(gmacs * 1e9, rel=0.01) and model.pretrained_cfg["input_size"] == (3, 224, 224)
     units = [unit.blocks for unit in model.trunk] if len(heads) > 1 else [model.trunk]
     assert tuple(blocks[0].attn.num_heads for blocks in units) == heads
     assert {block.attn.head_dim for blocks in units for block in blocks} == {32}
@@ -93,7 +103,7 @@ def test_dinat_large_with_kernel_11() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_layer_scale_where_it_was_published(name: str) -> None:
-    names = dict(on_meta(name).named_parameters())
+    names = dict(measured(name)[0].named_parameters())
     scaled = name in ("nat_small", "nat_base", "dinat_base")
     assert any(key.endswith("gamma1") for key in names) == scaled
 
@@ -114,7 +124,7 @@ def test_layer_scale_where_it_was_published(name: str) -> None:
     ],
 )
 def test_weights_are_named_as_published(name: str, keys: list[str]) -> None:
-    names = on_meta(name).state_dict()
+    names = measured(name)[0].state_dict()
     assert [key for key in keys if key not in names] == []
 
 
