@@ -11,6 +11,8 @@ from torch import nn
 
 import natrain.models
 from natrain.errors import invalid, nearest
+from natrain.models.base import Backbone
+from natrain.models.weights import load_into, load_weights
 from natrain.training.checkpoint import load_state, model_state, read_checkpoint, says
 
 
@@ -84,12 +86,19 @@ def build_model(
 def load_initial_weights(model: nn.Module, path: str) -> list[str]:
     """Start ``model`` from the weights in ``path``; only those of the classifier may be of another size.
 
+    Args:
+        model: of natrain: ``path`` may be anything that ``natrain.models.weights.load_weights`` takes. Of timm: a file
+            with the model's own names.
+        path: the checkpoint.
+
     Returns:
-        The names that keep their random start, because the file has another number of classes.
+        The names that keep their random start, because the file lacks them or has another number of classes.
 
     Raises:
         ValueError: the file holds another model.
     """
+    if isinstance(model, Backbone):
+        return load_into(model, load_weights(path, model=model.pretrained_cfg["architecture"]))
     checkpoint = read_checkpoint(path)
     state = model_state(checkpoint, "best")
     own = model.state_dict()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
 from natrain.errors import invalid
+from natrain.models.weights import load_weights
+from natrain.models.weights.fetch import locate
+from natrain.models.weights.files import read_checkpoint, write_atomically
 
 SHOWN = 6  # names of one kind that an error lists before "and N more"
 PREFIX = "model."  # what the training task puts before the model's own names
@@ -29,57 +30,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path)
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path``, flush it to disk, then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_checkpoint(path: str | Path, argument: str = "checkpoint") -> dict[str, Any]:
-    """Load a checkpoint onto the CPU with ``weights_only``: tensors and plain values, never code.
+def open_checkpoint(source: str | Path, model: str | None = None) -> dict[str, Any]:
+    """A checkpoint of any origin in the form that runs of this package write.
 
     Args:
-        path: a file of this package, of PyTorch, or a ``.safetensors`` file of weights.
-        argument: the setting that named the file, for the error.
+        source: what ``natrain.models.weights.load_weights`` takes: a file, a folder, an address, ``hf-hub:NAME``.
+        model: the variant, where names and shapes leave a choice.
+
+    Returns:
+        ``state_dict`` and ``hyper_parameters`` (model_name, model_args, kernel, class_names, input), and of a run's own
+        file everything else in it. ``class_names`` is None where the file does not say.
 
     Raises:
-        ValueError: no such file, not a checkpoint, cut off, or a pickle that would run code.
+        ValueError: as ``load_weights``.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise invalid(argument, str(path), "an existing checkpoint file", f"{argument}=runs/NAME/checkpoints/best.ckpt")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {"state_dict": load_file(path)}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise invalid(
-            argument,
-            str(path),
-            f"a file of tensors and plain values; loading this one would run code it holds ({reason[:160]})",
-            f"{argument}=FILE that natrain, or torch.save of a state_dict, wrote",
-        ) from None
-    except Exception as error:  # torch, zipfile and safetensors each raise their own for a damaged file
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:160]
-        raise invalid(
-            argument, str(path), f"a whole checkpoint; this file cannot be read ({reason})", f"{argument}=FILE"
-        ) from None
-    if not isinstance(loaded, dict):
-        raise invalid(
-            argument, str(path), f"a checkpoint; this file holds a {type(loaded).__name__}", f"{argument}=FILE"
-        )
-    return loaded
+    path = locate(source)
+    if path.is_file():
+        checkpoint = read_checkpoint(path)
+        if "model_name" in checkpoint.get("hyper_parameters", {}):
+            return checkpoint
+    weights = load_weights(source, model)
+    return {"state_dict": weights.state, "hyper_parameters": {"kernel": "auto", **weights.description()}}
 
 
 def model_state(checkpoint: Mapping[str, Any], weights: str = "raw") -> dict[str, Tensor]:
@@ -145,7 +116,8 @@ def says(checkpoint: Mapping[str, Any]) -> str:
         return "an unnamed model"
     arguments = parameters.get("model_args") or {}
     listed = ", ".join(f"{key}={value}" for key, value in arguments.items())
-    return f"{parameters['model_name']} ({len(parameters['class_names'])} classes{'; ' + listed if listed else ''})"
+    count = len(class_names_of(checkpoint))
+    return f"{parameters['model_name']} ({count} classes{'; ' + listed if listed else ''})"
 
 
 @dataclass(frozen=True)
@@ -154,15 +126,17 @@ class LoadedModel:
 
     Attributes:
         model: in evaluation mode, on the CPU.
-        class_names: one per output.
+        class_names: one per output; their numbers where the file does not say.
         input: img_size, in_chans, mean, std, crop_pct, interpolation of its images.
         model_name: the name it is registered under.
+        is_named: False where ``class_names`` are numbers only.
     """
 
     model: nn.Module
     class_names: list[str]
     input: dict[str, Any]
     model_name: str
+    is_named: bool = True
 
 
 def load_for_inference(
@@ -170,36 +144,48 @@ def load_for_inference(
     weights: str = "best",
     kernel: str | list[str] | None = None,
     input_changes: Mapping[str, Any] | None = None,
+    model: str | None = None,
 ) -> LoadedModel:
-    """Rebuild the model of a checkpoint of this package, with its weights, class names and preprocessing.
+    """Rebuild the model of a checkpoint, with its weights, class names and preprocessing.
 
     Args:
-        path: ``run_dir/checkpoints/best.ckpt`` or ``last.ckpt``.
+        path: ``run_dir/checkpoints/best.ckpt`` or ``last.ckpt``, or anything else that ``open_checkpoint`` takes.
         weights: ``best`` (the default: whichever of raw and averaged scored higher), ``raw`` or ``ema``.
         kernel: another attention kernel than the one it was trained with.
         input_changes: entries of ``input`` to use instead of the checkpoint's, for example ``img_size``.
+        model: the variant, where names and shapes of a file of other code leave a choice.
 
     Raises:
-        ValueError: not a checkpoint of this package, or one that does not fit its model.
+        ValueError: not a checkpoint, one without a classifier, or one that does not fit its model.
     """
     from natrain.training.build import build_model
 
-    checkpoint = read_checkpoint(path)
-    parameters = checkpoint.get("hyper_parameters", {})
-    if "model_name" not in parameters:
+    checkpoint = open_checkpoint(path, model)
+    parameters = checkpoint["hyper_parameters"]
+    class_names = class_names_of(checkpoint)
+    if not class_names:
         raise invalid(
             "checkpoint",
             str(path),
-            "a checkpoint that natrain wrote (this one names no model and no classes)",
-            "checkpoint=runs/NAME/checkpoints/best.ckpt",
+            "a checkpoint with a classifier; this one is a backbone",
+            f"natrain train model={parameters['model_name']} checkpoint={path} ... to train one",
         )
     input = {**parameters["input"], **(input_changes or {})}
-    model = build_model(
+    built = build_model(
         parameters["model_name"],
         {key: value for key, value in parameters["model_args"].items() if not key.startswith("pretrained")},
-        num_classes=len(parameters["class_names"]),
+        num_classes=len(class_names),
         input=input,
         kernel=kernel or parameters["kernel"],
     )
-    load_state(model, model_state(checkpoint, weights), argument="checkpoint", path=path, says=says(checkpoint))
-    return LoadedModel(model.eval(), list(parameters["class_names"]), input, parameters["model_name"])
+    load_state(built, model_state(checkpoint, weights), argument="checkpoint", path=path, says=says(checkpoint))
+    is_named = parameters["class_names"] is not None
+    return LoadedModel(built.eval(), class_names, input, parameters["model_name"], is_named)
+
+
+def class_names_of(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Names of a checkpoint's outputs, their numbers where it does not say; empty without a classifier."""
+    names = checkpoint["hyper_parameters"]["class_names"]
+    if names is not None:
+        return list(names)
+    return [str(number) for number in range(len(model_state(checkpoint).get("head.bias", ())))]

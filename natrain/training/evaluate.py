@@ -11,7 +11,8 @@ from torch import nn
 
 from natrain.data import build_datamodule
 from natrain.errors import invalid
-from natrain.training.checkpoint import LoadedModel, load_for_inference, read_checkpoint, shorten
+from natrain.training.build import is_ours
+from natrain.training.checkpoint import LoadedModel, load_for_inference, open_checkpoint, shorten
 from natrain.training.console import logging_to
 from natrain.training.launch import cluster_environment, launch
 from natrain.training.plan import device_count, device_kind, global_rank
@@ -61,7 +62,8 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
     data = build_datamodule(
         cfg.data, cfg.augment, input=loaded.input, micro_batch=cfg.data.val_batch or VAL_BATCH, seed=cfg.seed
     )
-    _check_classes(loaded.class_names, list(data.class_names))
+    found = list(data.class_names)
+    _check_classes(loaded.class_names if loaded.is_named else found[: len(loaded.class_names)], found)
     for model in models.values():
         model.to(fabric.device)
     limit = cfg.trainer.limit_val_batches
@@ -87,9 +89,10 @@ def _models(cfg: DictConfig) -> tuple[dict[str, nn.Module], LoadedModel]:
     }
     kernel = OmegaConf.to_object(cfg).get("kernel")
     options = {"kernel": None if kernel == "auto" else kernel, "input_changes": changes}
+    options["model"] = cfg.model.name if is_ours(cfg.model.name) else None
     loaded = load_for_inference(cfg.checkpoint, weights="raw", **options)
     models = {"raw": loaded.model}
-    if "ema_state_dict" in read_checkpoint(cfg.checkpoint):
+    if "ema_state_dict" in open_checkpoint(cfg.checkpoint, options["model"]):
         models["ema"] = load_for_inference(cfg.checkpoint, weights="ema", **options).model
     return models, loaded
 

@@ -22,9 +22,9 @@ def create_schedule(optimizer: torch.optim.Optimizer, schedule: Mapping, steps_p
     The warm-up lies inside the ``epochs``, so decay starts from its value at ``W``, as in the published recipes.
     It keeps no state: a resumed run continues by the number of steps alone.
     """
-    total = max(1, round(schedule["epochs"] * steps_per_epoch))
+    total = schedule["epochs"] * steps_per_epoch
     warmup = dict(
-        warmup_t=round(schedule["warmup_epochs"] * steps_per_epoch),
+        warmup_t=schedule["warmup_epochs"] * steps_per_epoch,
         warmup_lr_init=schedule["warmup_lr"],
         t_in_epochs=False,
     )

@@ -76,7 +76,7 @@ NUMBERS: dict[str, Number] = {
     "optim.clip_grad_norm": Number(0, INF, 5.0, open_low=True, may_be_null=True),
     "optim.lr_base_batch": _count(1, 1024),
     "schedule.epochs": _count(1, 300),
-    "schedule.warmup_epochs": Number(0, INF, 20),
+    "schedule.warmup_epochs": _count(0, 20),
     "schedule.warmup_lr": Number(0, INF, 1e-6),
     "schedule.min_lr": Number(0, INF, 5e-6),
     "schedule.cooldown_epochs": _count(0, 10),

@@ -134,9 +134,9 @@ def test_inference_gives_back_the_trained_model(make_config: MakeConfig) -> None
     assert torch.equal(best.model.head.weight, chosen.model.head.weight)
 
 
-def test_a_bare_file_of_weights_cannot_predict(tmp_path: Path) -> None:
+def test_a_file_without_a_model_cannot_predict(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="names no model"):
+    with pytest.raises(ValueError, match="weights of a NAT.*holds nothing"):
         load_for_inference(tmp_path / "bare.pt")
 
 

@@ -62,11 +62,6 @@ def test_without_warmup_starts_at_the_peak() -> None:
     assert rates("cosine", warmup_epochs=0)[0] == PEAK
 
 
-def test_warmup_may_be_a_fraction_of_an_epoch() -> None:
-    values = rates("constant", warmup_epochs=0.5)  # 3.5 steps round to 4
-    assert values[3] < PEAK and values[4] == PEAK
-
-
 def test_is_a_function_of_the_step_alone() -> None:
     forward = rates("cosine")
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=PEAK)
