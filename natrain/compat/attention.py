@@ -1,0 +1,93 @@
+"""Attention of NATTEN 0.17 and later on natrain's operators: neighbours plus additional tokens, grouped heads, merging.
+
+Heads last: query ``[B, *spatial, heads, head_dim]``, key and value ``[B, *spatial, heads_kv, head_dim]``, additional
+keys and values ``[B, tokens, heads_kv, head_dim]``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from natrain import ops
+
+NA = {1: ops.na1d, 2: ops.na2d, 3: ops.na3d}
+
+
+def _accumulate(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """Every key and value head once for each query head of its group (torch's order of grouped attention)."""
+    return tensor if tensor.shape[-2] == heads else tensor.repeat_interleave(heads // tensor.shape[-2], dim=-2)
+
+
+def dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(out [B, T, heads, head_dim_v], lse [B, T, heads]) of plain attention on ``[B, T, heads, head_dim]``.
+
+    The scores of all pairs exist at once in float32 (float64 for it); a causal query sees keys up to its own index.
+    """
+    heads, dtype = query.shape[-2], _accumulate(query)
+    key, value = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    scores = torch.einsum("btnd,bmnd->btnm", query.to(dtype) * scale, key.to(dtype))
+    if is_causal:
+        future = torch.ones(query.shape[1], key.shape[1], dtype=torch.bool, device=query.device).triu(1)
+        scores = scores.masked_fill(future[:, None], -torch.inf)
+    out = torch.einsum("btnm,bmnd->btnd", scores.softmax(-1), value.to(dtype))
+    return out.to(query.dtype), scores.logsumexp(-1)
+
+
+def neighborhood_attention(
+    na_dim: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    kernel_size: tuple[int, ...],
+    dilation: tuple[int, ...],
+    stride: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+    scale: float,
+    rpb: Tensor | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """out, or (out, lse): every query attends to its neighbours and to all additional tokens, in one softmax.
+
+    The two parts are computed apart and merged by their lse. A value head dim other than query's is served by zeros
+    that pad the smaller one.
+    """
+    heads, dim, dim_v = query.shape[-2], query.shape[-1], value.shape[-1]
+    width = max(dim, dim_v)
+    k, v = _repeat_heads(key, heads), _repeat_heads(value, heads)
+    q, k, v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (query, k, v))
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = NA[na_dim](
+            q, k, v, kernel_size, dilation, stride=stride, is_causal=is_causal, rpb=rpb, scale=scale, return_lse=True
+        )
+        out = out[..., :dim_v]
+        if additional_keys is not None:
+            extra, extra_lse = dense_attention(query.flatten(1, na_dim), additional_keys, additional_values, scale)
+            merged, merged_lse = merge([out.flatten(1, na_dim), extra], [lse.flatten(1, na_dim), extra_lse])
+            out, lse = merged.view(out.shape), merged_lse.view(lse.shape)
+    return (out, lse) if return_lse else out
+
+
+def merge(outputs: list[Tensor], lse_tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(out, lse) as if the keys of all parts had been in one softmax; differentiable in every output and lse.
+
+    Args:
+        outputs: each [B, T, heads, head_dim].
+        lse_tensors: natural log, each [B, T, heads].
+    """
+    dtype = _accumulate(outputs[0])
+    lse = torch.stack([part.to(dtype) for part in lse_tensors])
+    total = lse.logsumexp(0)
+    weights = (lse - total).exp().unsqueeze(-1)
+    out = (torch.stack([part.to(dtype) for part in outputs]) * weights).sum(0)
+    return out.to(outputs[0].dtype), total
