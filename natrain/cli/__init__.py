@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("train", "train a model: natrain train model=nat_mini data=imagefolder data.root=DIR"),
     "eval": ("evaluate", "accuracy of a checkpoint: natrain eval checkpoint=FILE"),
     "predict": ("predict", "classes of images: natrain predict IMAGE... --checkpoint FILE --topk 5"),
+    "import": ("import_", "checkpoints of other code: natrain import CHECKPOINT --out model.safetensors"),
     "models": ("models", "models, their parameters and input sizes: natrain models 'dinat*'"),
     "kernels": ("kernels", "attention kernels and what each can do"),
     "doctor": ("doctor", "versions, devices, and which kernels work here and why not"),

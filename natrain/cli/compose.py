@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from natrain.cli.settings import Schema, Setting, config_folder, read_schema
 from natrain.errors import invalid, nearest
+from natrain.models.weights.fetch import is_remote
 
 # Settings that change where and how fast a run goes, but not what is learned: the run keeps its name.
 FREE = frozenset(
@@ -160,7 +161,8 @@ def _completed(config: DictConfig, schema: Schema, words: list[str]) -> DictConf
         raise invalid("data", None, f"one of {choices}", "data=imagefolder data.root=DIR")
     for key in PATHS:
         if (value := OmegaConf.select(config, key)) is not None:
-            OmegaConf.update(config, key, str(Path(str(value)).expanduser().absolute()))
+            if not is_remote(str(value)):
+                OmegaConf.update(config, key, str(Path(str(value)).expanduser().absolute()))
     config.name = default_name(config, words) if config.name is None else str(config.name)
     try:
         OmegaConf.resolve(config)

@@ -4,6 +4,7 @@ The model, its classes and its preprocessing come out of the checkpoint, and so 
 unless data=... names another:
   natrain eval checkpoint=runs/NAME/checkpoints/best.ckpt
   natrain eval checkpoint=runs/NAME/checkpoints/best.ckpt data=imagefolder data.root=DIR
+  natrain eval checkpoint=hf-hub:shi-labs/dinat-mini-in1k-224 data=imagefolder data.root=DIR
   natrain eval model=NAME model.args.pretrained=true data=imagefolder data.root=DIR
 """
 
@@ -23,8 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from natrain.training import evaluate
+    from natrain.training.plan import global_rank
 
     result = evaluate(evaluation_config(arguments.overrides, arguments.config_dir))
+    if global_rank() != 0:
+        return 0
     for prefix, weights in (("", "raw weights"), ("ema_", "averaged weights")):
         if f"{prefix}top1" in result:
             top1, top5, loss = (result[f"{prefix}{key}"] for key in ("top1", "top5", "loss"))
@@ -40,17 +44,21 @@ def evaluation_config(overrides: list[str], config_dir: Path | None) -> DictConf
         ValueError: as ``compose_config``; a checkpoint that cannot be read or names no model.
     """
     from natrain.cli.compose import compose_config, typed_keys
-    from natrain.training.checkpoint import read_checkpoint
+    from natrain.training.checkpoint import open_checkpoint
 
     typed = typed_keys(overrides)
     path = next((value for key, _, value in (word.partition("=") for word in overrides) if key == "checkpoint"), None)
-    stored = read_checkpoint(Path(path).expanduser()).get("hyper_parameters", {}).get("config") if path else None
-    if stored is None:
+    if path is None:
         return compose_config(overrides, config_dir)
+    typed_model = next(
+        (word.partition("=")[2] for word in overrides if word.startswith(("model=", "model.name="))), None
+    )
+    parameters = open_checkpoint(path, typed_model)["hyper_parameters"]
+    stored = parameters.get("config")
     words = list(overrides)
     if "model.name" not in typed:
-        words.append(f"model={stored['model']['name']}")
-    if "data.name" in typed:
+        words.append(f"model={parameters['model_name']}")
+    if "data.name" in typed or stored is None:
         return compose_config(words, config_dir)
     config = compose_config([*words, f"data={stored['data']['name']}"], config_dir)
     for key, value in stored["data"].items():

@@ -11,7 +11,11 @@ from natrain.errors import invalid
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", type=Path)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoints/best.ckpt of a run folder")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="checkpoints/best.ckpt of a run folder, any file, address or hf-hub:NAME that natrain imports",
+    )
     parser.add_argument("--topk", type=int, default=5, help="classes to show per image (default: 5)")
 
 

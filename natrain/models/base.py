@@ -12,7 +12,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from natrain.errors import invalid
-from natrain.layers import TransformerBlock
+from natrain.layers import TransformerBlock, check_rates
 
 
 class Backbone(nn.Module):
@@ -25,8 +25,9 @@ class Backbone(nn.Module):
     output_fmt = "NHWC"
     default_out_indices: int | None = None  # of features_only: None is every unit, an int the last ones
 
-    def __init__(self, in_chans: int, num_classes: int, drop_rate: float) -> None:
+    def __init__(self, in_chans: int, num_classes: int, drop_rate: float, **other_rates: float) -> None:
         super().__init__()
+        check_rates(drop_rate=drop_rate, **other_rates)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.head_drop = nn.Dropout(drop_rate)
@@ -142,6 +143,20 @@ class Backbone(nn.Module):
         if prune_head or last < len(self.feature_info) - 1:
             self.reset_classifier(0, "")
         return take
+
+    def load_pretrained(self, path: str) -> None:
+        """Read a checkpoint of this variant in any layout: what timm calls for ``pretrained=True``.
+
+        A classifier of another size keeps its start; a first convolution of other channels is converted as timm does.
+
+        Raises:
+            ValueError: another variant, another kernel size, a file that cannot be read.
+        """
+        from natrain.models.weights import load_into, load_weights
+
+        variant = self.pretrained_cfg["architecture"]
+        weights = load_weights(path, model=variant, like=self, argument="pretrained")
+        load_into(self, weights, argument="pretrained")
 
     def get_classifier(self) -> nn.Module:
         """The linear layer (Identity when num_classes is 0)."""

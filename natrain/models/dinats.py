@@ -6,6 +6,7 @@ from timm.models import generate_default_cfgs
 
 from natrain.layers import PatchMerging, PatchTokenizer
 from natrain.models.nat import DILATIONS_224, NAT
+from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
 
 
@@ -24,7 +25,7 @@ BASE = dict(SHARED, dim=128, depths=(2, 2, 18, 2), heads=4, drop_path_rate=0.5)
 LARGE = dict(SHARED, dim=192, depths=(2, 2, 18, 2), heads=6, drop_path_rate=0.35)
 
 NAMES = ("dinat_s_tiny", "dinat_s_small", "dinat_s_base", "dinat_s_large")
-default_cfgs = generate_default_cfgs({name: imagenet_cfg("patch_embed.proj") for name in NAMES})
+default_cfgs = generate_default_cfgs(tagged_cfgs({name: imagenet_cfg("patch_embed.proj") for name in NAMES}))
 
 
 @register

@@ -21,6 +21,7 @@ from natrain.layers import (
     check_na_padding,
 )
 from natrain.models.base import Backbone
+from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
 from natrain.models.spec import StageWindows, check_windows, dilation_plan, per_stage
 
@@ -91,7 +92,8 @@ class NATIsotropic(_Isotropic):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(in_chans, num_classes, drop_rate)
+        rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        super().__init__(in_chans, num_classes, drop_rate, **rates)
         (plan,) = dilation_plan(dilations if isinstance(dilations, int) else [dilations], (depth,))
         (kernel_size,) = per_stage("kernel_size", kernel_size, 1, int)
         (kernel,) = per_stage("kernel", kernel, 1, str)
@@ -150,7 +152,8 @@ class ViTRPB(_Isotropic):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(in_chans, num_classes, drop_rate)
+        rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        super().__init__(in_chans, num_classes, drop_rate, **rates)
         if kernel != "auto":
             raise invalid(
                 "kernel", kernel, "'auto': ViT-rpb has global attention, which PyTorch computes", "kernel='auto'"
@@ -186,7 +189,7 @@ NAMES = ("nat_isotropic_small", "nat_isotropic_base", "dinat_isotropic_small", "
 NAMES_GLOBAL = ("vitrpb_small", "vitrpb_base")
 _cfg = imagenet_cfg("patch_embed.proj", pool_size=(14, 14))
 default_cfgs = generate_default_cfgs(
-    {name: _cfg for name in NAMES} | {name: {**_cfg, "fixed_input_size": True} for name in NAMES_GLOBAL}
+    tagged_cfgs({name: _cfg for name in NAMES} | {name: {**_cfg, "fixed_input_size": True} for name in NAMES_GLOBAL})
 )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from natrain.layers import ConvDownsampler, ConvTokenizer, NeighborhoodAttention2d, TransformerBlock, check_na_padding
 from natrain.models.base import Backbone
+from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
 from natrain.models.spec import Dilations, StageWindows, check_windows, dilation_plan, per_stage
 
@@ -79,12 +80,13 @@ class NAT(Backbone):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(in_chans, num_classes, drop_rate)
+        rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        super().__init__(in_chans, num_classes, drop_rate, **rates)
         count = len(depths)
         kernel_sizes = per_stage("kernel_size", kernel_size, count, int)
         kernels = per_stage("kernel", kernel, count, str)
         plan = dilation_plan(dilations, depths)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         widths = [dim * 2**stage for stage in range(count)]
         self.na_padding = check_na_padding(na_padding)
         self.patch_embed = self.tokenizer(in_chans, dim)
@@ -108,7 +110,7 @@ class NAT(Backbone):
                     rate,
                     layer_scale,
                 )
-                for dilation, rate in zip(plan[stage], rates[stage], strict=True)
+                for dilation, rate in zip(plan[stage], drop_paths[stage], strict=True)
             ]
             stages.append(Stage(blocks, self.downsampler(width) if stage < count - 1 else None))
         setattr(self, self.trunk_name, nn.ModuleList(stages))
@@ -149,7 +151,8 @@ LARGE = dict(dim=192, depths=(3, 4, 18, 5), heads=6, mlp_ratio=2, drop_path_rate
 
 NAMES = ("nat_mini", "nat_tiny", "nat_small", "nat_base")
 NAMES_DILATED = ("dinat_mini", "dinat_tiny", "dinat_small", "dinat_base", "dinat_large")
-default_cfgs = generate_default_cfgs({name: imagenet_cfg("patch_embed.proj.0") for name in NAMES + NAMES_DILATED})
+_cfg = imagenet_cfg("patch_embed.proj.0")
+default_cfgs = generate_default_cfgs(tagged_cfgs({name: _cfg for name in NAMES + NAMES_DILATED}))
 
 
 @register

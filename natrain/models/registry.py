@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, register_model
+from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
 from natrain.errors import invalid, nearest
 from natrain.models.base import Backbone
+from natrain.models.published import published_args
 
 _names: list[str] = []
 # Arguments that timm's builder takes out before the model sees the rest.
@@ -32,7 +33,7 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def imagenet_cfg(first_conv: str, **changes: Any) -> dict[str, Any]:
-    """timm's ``pretrained_cfg`` of an ImageNet variant at 224 pixels; holds no weights, since none are published."""
+    """timm's ``pretrained_cfg`` of an ImageNet variant at 224 pixels, without weights (natrain.models.published)."""
     return {
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -52,8 +53,11 @@ def build(
 ) -> Backbone:
     """The model ``variant``: its architecture numbers, changed by the caller's ``kwargs``, through timm's builder.
 
+    A pretrained tag (``dinat_large.in22k_ft_in1k_384``) also brings the arguments its weights were trained with.
+
     Raises:
-        ValueError: an argument neither the model nor timm knows; ``pretrained`` where no weight file is named.
+        ValueError: an argument neither the model nor timm knows, an unknown tag; ``pretrained`` where no weight file is
+            named, or one that cannot be had or does not fit.
     """
     known = {name for name in inspect.signature(cls).parameters} | _BUILDER
     for name, value in kwargs.items():
@@ -62,14 +66,41 @@ def build(
             raise invalid(
                 name, value, f"an argument of {cls.__name__} or of timm.create_model", close or "help(type(model))"
             )
+    tag = kwargs.get("pretrained_cfg")
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        if not (cfg.has_weights or cfg.state_dict):
-            raise invalid(
-                "pretrained",
-                pretrained,
-                f"False, as no weights are published for {variant}, or True with a local file",
-                "pretrained=False, or pretrained_cfg_overlay={'file': 'PATH of a state dict'}",
-            )
+        kwargs = {**kwargs, "pretrained_cfg_overlay": _with_local_file(variant, kwargs)}
+    architecture = {**architecture, **published_args(variant, tag)}
     feature_cfg = {"feature_cls": "getter", "out_indices": cls.default_out_indices}
     return build_model_with_cfg(cls, variant, pretrained, feature_cfg=feature_cfg, **{**architecture, **kwargs})
+
+
+def _with_local_file(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The overlay that makes timm load a file on this machine through ``Backbone.load_pretrained``."""
+    from natrain.models.weights.fetch import HUB, locate
+
+    overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
+    cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
+    if cfg.state_dict:
+        return overlay
+    if not cfg.has_weights:
+        raise invalid(
+            "pretrained",
+            True,
+            f"False, as no weights are published for {variant}, or True with a local file",
+            "pretrained=False, or pretrained_cfg_overlay={'file': 'PATH of a checkpoint'}",
+        )
+    source = cfg.file or cfg.url or HUB + cfg.hf_hub_id
+    return {**overlay, "file": str(locate(source, "pretrained")), "custom_load": True, "source": None}
+
+
+def default_input(name: str) -> dict[str, Any]:
+    """Images that a variant (and tag) is meant for: img_size, in_chans, mean, std, crop_pct, interpolation."""
+    cfg = get_pretrained_cfg(name)
+    return {
+        "img_size": list(cfg.input_size[1:]),
+        "in_chans": cfg.input_size[0],
+        "mean": list(cfg.mean),
+        "std": list(cfg.std),
+        "crop_pct": cfg.crop_pct,
+        "interpolation": cfg.interpolation,
+    }

@@ -11,6 +11,7 @@ from timm.models import generate_default_cfgs
 
 from natrain.layers import ConvTokenizer
 from natrain.models.nat import NAT
+from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
 
 
@@ -28,26 +29,28 @@ class CifarNAT(NAT):
 
 # Means and deviations are the training images': scikit-learn's digits scaled from 16 grey levels to [0, 1]; CIFAR-10.
 default_cfgs = generate_default_cfgs(
-    {
-        "nat_digits": imagenet_cfg(
-            "patch_embed.proj.0",
-            input_size=(1, 8, 8),
-            pool_size=(4, 4),
-            num_classes=10,
-            crop_pct=1.0,
-            mean=(0.305,),
-            std=(0.376,),
-        ),
-        "nat_cifar": imagenet_cfg(
-            "patch_embed.proj.0",
-            input_size=(3, 32, 32),
-            pool_size=(4, 4),
-            num_classes=10,
-            crop_pct=1.0,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
-        ),
-    }
+    tagged_cfgs(
+        {
+            "nat_digits": imagenet_cfg(
+                "patch_embed.proj.0",
+                input_size=(1, 8, 8),
+                pool_size=(4, 4),
+                num_classes=10,
+                crop_pct=1.0,
+                mean=(0.305,),
+                std=(0.376,),
+            ),
+            "nat_cifar": imagenet_cfg(
+                "patch_embed.proj.0",
+                input_size=(3, 32, 32),
+                pool_size=(4, 4),
+                num_classes=10,
+                crop_pct=1.0,
+                mean=(0.4914, 0.4822, 0.4465),
+                std=(0.2470, 0.2435, 0.2616),
+            ),
+        }
+    )
 )
 
 

@@ -98,7 +98,7 @@ def load_initial_weights(model: nn.Module, path: str) -> list[str]:
         ValueError: the file holds another model.
     """
     if isinstance(model, Backbone):
-        return load_into(model, load_weights(path, model=model.pretrained_cfg["architecture"]))
+        return load_into(model, load_weights(path, model=model.pretrained_cfg["architecture"], like=model))
     checkpoint = read_checkpoint(path)
     state = model_state(checkpoint, "best")
     own = model.state_dict()
