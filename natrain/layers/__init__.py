@@ -5,6 +5,7 @@ from natrain.layers.attention import (
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
+    check_rates,
 )
 from natrain.layers.block import TransformerBlock
 from natrain.layers.embed import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
@@ -22,4 +23,5 @@ __all__ = [
     "PatchTokenizer",
     "TransformerBlock",
     "check_na_padding",
+    "check_rates",
 ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from natrain.errors import invalid
 from natrain.layers.padding import check_na_padding, fit_window
 from natrain.ops import na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
-from natrain.ops.problem import check_dropout, check_window
+from natrain.ops.problem import check_window
 from natrain.ops.registry import get_kernel
 
 
@@ -25,6 +25,13 @@ def head_dim_of(dim: int, num_heads: int) -> int:
     if num_heads < 1 or dim % num_heads:
         raise invalid("num_heads", num_heads, f"a divisor of dim ({dim})", f"num_heads={max(1, dim // 32)}")
     return dim // num_heads
+
+
+def check_rates(**rates: float) -> None:
+    """Each of ``rates`` must be a probability to drop something, in [0, 1); a NaN would silently drop nothing."""
+    for argument, rate in rates.items():
+        if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+            raise invalid(argument, rate, "a number in [0, 1)", f"{argument}=0.1")
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -76,7 +83,8 @@ class _NeighborhoodAttention(nn.Module):
         self.head_dim = head_dim_of(dim, num_heads)
         self.window = check_window((sys.maxsize,) * self.na_dim, kernel_size, dilation, stride, is_causal)
         self.scale = scale
-        self.attn_drop = check_dropout(attn_drop)
+        check_rates(attn_drop=attn_drop, proj_drop=proj_drop)
+        self.attn_drop = attn_drop
         if kernel != "auto":
             get_kernel(kernel)
         self.kernel = kernel
@@ -171,7 +179,8 @@ class GlobalAttention2d(nn.Module):
         self.num_heads = num_heads
         self.head_dim = head_dim_of(dim, num_heads)
         self.input_size = tuple(input_size)
-        self.attn_drop = check_dropout(attn_drop)
+        check_rates(attn_drop=attn_drop, proj_drop=proj_drop)
+        self.attn_drop = attn_drop
         height, width = self.input_size
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * height - 1, 2 * width - 1))

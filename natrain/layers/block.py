@@ -7,6 +7,8 @@ from timm.layers import DropPath, Mlp
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from natrain.layers.attention import check_rates
+
 
 class TransformerBlock(nn.Module):
     """``x + attn(norm1(x))`` then ``x + mlp(norm2(x))`` on ``[B, *spatial, dim]`` (NAT, 2204.07143, figure 5).
@@ -18,6 +20,9 @@ class TransformerBlock(nn.Module):
         proj_drop: dropout in the MLP.
         drop_path: probability to drop a residual branch for one image (stochastic depth).
         layer_scale: initial value of the per-channel factors ``gamma1``, ``gamma2`` on the branches; None for none.
+
+    Raises:
+        ValueError: a probability outside [0, 1).
 
     ``grad_checkpointing`` (attribute, off) trades a second forward pass for the memory of the block's activations.
     """
@@ -32,6 +37,7 @@ class TransformerBlock(nn.Module):
         layer_scale: float | None = None,
     ) -> None:
         super().__init__()
+        check_rates(proj_drop=proj_drop, drop_path=drop_path)
         self.grad_checkpointing = False
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
