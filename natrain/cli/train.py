@@ -45,8 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
         config = requeued(compose_config(arguments.overrides, arguments.config_dir), arguments.overrides)
 
     from natrain.training import train
+    from natrain.training.plan import global_rank
 
     result = train(config)
+    if global_rank() != 0:
+        return 0
     print(f"accuracy: {_percent(result)}")
     print(f"run folder: {Path(result.run_dir).resolve()}")
     print(f"evaluate: {shlex.join([*_program(), 'eval', f'checkpoint={Path(result.checkpoint).resolve()}'])}")
