@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 
-ROOMS = [{"errors"}, {"env"}, {"jit"}, {"ops"}, {"layers"}, {"models"}, {"data", "bench", "compat"}, {"training"}, {"cli"}]
+ROOMS = [
+    {"errors"},
+    {"env"},
+    {"jit"},
+    {"ops"},
+    {"layers"},
+    {"models"},
+    {"data", "bench", "compat"},
+    {"training"},
+    {"cli"},
+]
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
 # The package itself offers the operators and registers the models; ``python -m natrain`` is the command line.
 DOORS = {"__init__": HEIGHT["models"], "__main__": HEIGHT["cli"]}

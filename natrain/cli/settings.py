@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -63,8 +63,12 @@ def read_schema(extra: Path | None = None) -> Schema:
     for default in OmegaConf.load(root / "train.yaml").defaults:
         if default == "_self_":
             continue
-        (group,) = default
+        ((group, chosen),) = default.items()
         groups[group] = {}
+        if chosen is not None:
+            assert _is_global(root / group / f"{chosen}.yaml")
+            for key, setting in _read_file(root / group / f"{chosen}.yaml", "")[0].items():
+                settings[key] = replace(settings[key], default=setting.default)
         for folder in filter(None, (root, extra)):
             for path in sorted((folder / group).glob("*.yaml")):
                 groups[group][path.stem] = _first_comment(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from natrain.cli.compose import compose_config
+from natrain.cli.compose import compose_config, leaves
 from natrain.cli.settings import config_folder, read_schema, settings_text
 
 BASE = ["model=nat_tiny", "data=imagefolder", "data.root=images"]
@@ -103,6 +103,13 @@ def test_config_dir_adds_choices(tmp_path):
         compose_config([*BASE, "recipe=mine"], tmp_path)
     with pytest.raises(ValueError, match="--config-dir"):
         compose_config(BASE, tmp_path / "absent")
+
+
+def test_the_defaults_shown_are_those_composed():
+    composed = leaves(compose_config(["model=nat_tiny", "data=digits"]))
+    for key, setting in read_schema().settings.items():
+        if not key.startswith(("data.", "model.", "name", "run_dir")):
+            assert composed[key] == setting.default, key
 
 
 def test_every_setting_has_a_meaning():
