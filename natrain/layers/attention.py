@@ -186,11 +186,12 @@ class GlobalAttention2d(nn.Module):
         self.rpb = nn.Parameter(torch.zeros(num_heads, 2 * height - 1, 2 * width - 1))
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("relative_position_index", self._index(height, width))
+        self.register_buffer("relative_position_index", self.position_index(height, width))
         trunc_normal_(self.rpb, std=0.02)
 
     @staticmethod
-    def _index(height: int, width: int) -> Tensor:
+    def position_index(height: int, width: int) -> Tensor:
+        """Flat index into ``rpb`` of each query and key of a map, ``[YX, YX]``."""
         y, x = torch.arange(height), torch.arange(width)
         offset_y = (y[None, :] - y[:, None] + height - 1)[:, None, :, None]
         offset_x = (x[None, :] - x[:, None] + width - 1)[None, :, None, :]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from timm.models import generate_default_cfgs
 
 from natrain.layers import PatchMerging, PatchTokenizer
-from natrain.models.nat import DILATIONS_224, NAT
+from natrain.models.nat import NAT
+from natrain.models.plans import DILATIONS_224, DINATS
 from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
 
@@ -14,6 +15,7 @@ class DiNATs(NAT):
     """NAT with non-overlapping patches; arguments as NAT's, the stages are called ``layers`` in the weights."""
 
     trunk_name = "layers"
+    plans = DINATS
     tokenizer = PatchTokenizer
     downsampler = PatchMerging
 

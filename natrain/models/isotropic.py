@@ -94,7 +94,7 @@ class NATIsotropic(_Isotropic):
     ) -> None:
         rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         super().__init__(in_chans, num_classes, drop_rate, **rates)
-        (plan,) = dilation_plan(dilations if isinstance(dilations, int) else [dilations], (depth,))
+        (plan,) = dilation_plan(dilations if isinstance(dilations, (int, str)) else [dilations], (depth,), {})
         (kernel_size,) = per_stage("kernel_size", kernel_size, 1, int)
         (kernel,) = per_stage("kernel", kernel, 1, str)
         check_na_padding(na_padding)

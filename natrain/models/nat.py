@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from natrain.layers import ConvDownsampler, ConvTokenizer, NeighborhoodAttention2d, TransformerBlock, check_na_padding
 from natrain.models.base import Backbone
+from natrain.models.plans import DILATIONS_224, DINAT, Dilations, Plans
 from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
-from natrain.models.spec import Dilations, StageWindows, check_windows, dilation_plan, per_stage
-
-DILATIONS_224 = ((1, 8), (1, 4), (1, 2), (1,))
+from natrain.models.spec import StageWindows, check_windows, dilation_plan, per_stage
 
 
 class Stage(nn.Module):
@@ -46,7 +45,8 @@ class NAT(Backbone):
         layer_scale: initial layer scale; None for none.
         kernel_size: tokens per axis of a window, an int or one per stage.
         dilations: an int, or one entry per stage: an int, or a pattern that repeats over the stage's blocks, so that
-            ``((1, 8), (1, 4), (1, 2), 1)`` is DiNAT's plan at 224 pixels.
+            ``((1, 8), (1, 4), (1, 2), 1)`` is DiNAT's plan at 224 pixels; or the name of a published plan, as
+            ``"coco800"`` (``natrain.models.plans``).
         kernel: name of the attention kernel, or one name per stage.
         na_padding: policy for maps shorter than kernel_size * dilation; see ``natrain.layers.padding``.
         img_size: the size (pixels) the model is meant for. Any size works later; naming it here checks it at once.
@@ -57,6 +57,7 @@ class NAT(Backbone):
         ValueError: a list of the wrong length, an argument out of range, an ``img_size`` that windows do not fit in.
     """
 
+    plans: Plans = DINAT
     tokenizer: Callable[[int, int], nn.Module] = ConvTokenizer
     downsampler: Callable[[int], nn.Module] = ConvDownsampler
 
@@ -68,7 +69,7 @@ class NAT(Backbone):
         mlp_ratio: float,
         layer_scale: float | None = None,
         kernel_size: int | Sequence[int] = 7,
-        dilations: Dilations = 1,
+        dilations: Dilations | str = 1,
         kernel: str | Sequence[str] = "auto",
         na_padding: str = "raise",
         img_size: int | tuple[int, int] | None = None,
@@ -85,7 +86,7 @@ class NAT(Backbone):
         count = len(depths)
         kernel_sizes = per_stage("kernel_size", kernel_size, count, int)
         kernels = per_stage("kernel", kernel, count, str)
-        plan = dilation_plan(dilations, depths)
+        plan = dilation_plan(dilations, depths, self.plans)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         widths = [dim * 2**stage for stage in range(count)]
         self.na_padding = check_na_padding(na_padding)

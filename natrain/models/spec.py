@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 from natrain.errors import invalid
+from natrain.models.plans import Dilations, Plans, named_plan
 
-Dilations = int | Sequence[int | Sequence[int]]
 T = TypeVar("T", int, str)
 
 
@@ -45,12 +45,19 @@ def per_stage(argument: str, value: T | Sequence[T], stages: int, kind: type[T])
     return values
 
 
-def dilation_plan(dilations: Dilations, depths: Sequence[int]) -> list[tuple[int, ...]]:
+def dilation_plan(dilations: Dilations | str, depths: Sequence[int], plans: Plans) -> list[tuple[int, ...]]:
     """The dilation of every block: an entry per stage, whose pattern repeats until the stage is full.
 
+    Args:
+        dilations: numbers, or a name in ``plans``.
+        depths: blocks per stage.
+        plans: the family's published plans.
+
     Raises:
-        ValueError: not one entry per stage; an empty pattern or one longer than its stage; a dilation below 1.
+        ValueError: not one entry per stage; an empty pattern or one longer than its stage; a dilation below 1; a name
+            that ``plans`` lacks.
     """
+    dilations = named_plan(dilations, plans, depths)
     entries = [dilations] * len(depths) if isinstance(dilations, int) else list(dilations)
     patterns = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in entries]
     fits = len(patterns) == len(depths) and all(

@@ -149,7 +149,7 @@ def load_weights(
     if names is not None and len(names) != fit.args.get("num_classes", len(names)):
         names = None
     args.pop("num_classes", None)
-    if "dilations" in args and has_plan(fit.variant, args["dilations"]):
+    if "dilations" in args and has_plan(fit.variant, args):
         del args["dilations"]
     return Weights(
         state=found.state,

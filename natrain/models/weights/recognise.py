@@ -62,10 +62,11 @@ def shapes_in(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
 
 
-def has_plan(variant: str, dilations: Any) -> bool:
-    """True where the variant's own dilations are those, block by block."""
+def has_plan(variant: str, args: Mapping[str, Any]) -> bool:
+    """True where the dilations in ``args`` are those the variant has without them, block by block."""
+    rest = {name: value for name, value in args.items() if name != "dilations"}
     with torch.device("meta"):
-        own, other = timm.create_model(variant), timm.create_model(variant, dilations=dilations)
+        own, other = timm.create_model(variant, **rest), timm.create_model(variant, **args)
     return repr(own.trunk) == repr(other.trunk)
 
 
