@@ -33,6 +33,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["natrain", "natrain.*"]),
+    package_data={"natrain.models.weights": ["*.safetensors"]},
     cmdclass={"build_py": BuildWithSources},
     install_requires=[
         "torch>=2.7,<2.15",

@@ -133,6 +133,7 @@ def load_weights(
     if name is not None:
         name = check_variant(name)
     if like is not None:
+        refuse_pos_conversion(stored_pos(found.state, told.model_args), like.pos, str(source))
         own = shapes_in(like)
     elif name is not None and told.model_args:
         own = shapes_with(name, told.model_args)
@@ -192,6 +193,7 @@ def load_into(model: nn.Module, weights: Weights, argument: str = "checkpoint") 
     Raises:
         ValueError: another kernel size or shape; all that differs is listed.
     """
+    refuse_pos_conversion(stored_pos(weights.state, weights.model_args), model.pos, weights.source)
     own = model.state_dict()
     state = {name: tensor for name, tensor in weights.state.items() if name in own}
     dropped = [name for name in weights.state if name not in own and not name.startswith(("head.", "norm."))]
@@ -206,6 +208,28 @@ def load_into(model: nn.Module, weights: Weights, argument: str = "checkpoint") 
     _check(own, state, dropped, weights, argument)
     model.load_state_dict(state, strict=False)
     return fresh
+
+
+def stored_pos(state: Mapping[str, Tensor], args: Mapping[str, Any]) -> str | None:
+    """How the attention of these weights knows positions (``natrain.layers.position``); None where nothing tells."""
+    return args.get("pos", "rpb" if any(name.endswith(".rpb") for name in state) else None)
+
+
+def refuse_pos_conversion(stored: str | None, wanted: str, source: str) -> None:
+    """Raise ValueError unless weights trained with positions ``stored`` (None: unknown) go into such a model.
+
+    The tensors of ``rope`` and ``none`` have the same names and shapes, so that nothing else would notice.
+    """
+    if stored in (None, wanted):
+        return
+    reasons = {
+        "rpb": "a learned bias per offset is no rotation of q and k, and without it every attention map is another",
+        "rope": "q and k were trained to be rotated, and no table of biases gives the same scores",
+        "none": "they were trained to attend without positions",
+    }
+    raise invalid(
+        "model.args.pos", wanted, f"{stored}, as in {source}: {reasons[stored]}", f"model.args.pos={stored}"
+    )
 
 
 def _check(

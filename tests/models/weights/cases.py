@@ -1,4 +1,4 @@
-"""Every family at the full architecture of its smallest variant, as an original module tree; and files in each layout."""
+"""Every family at the full architecture of its smallest variant, as an original tree; and files in each layout."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from torch import nn
 
 
 def neighbours(length: int, k: int, dilation: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask [length, length] of the k nearest keys of each query in its dilation group, and their index into the bias."""
+    """Mask [length, length] of the k nearest keys of each query in its dilation group, and their bias index."""
     mask = torch.zeros(length, length, dtype=torch.bool)
     index = torch.zeros(length, length, dtype=torch.long)
     for query in range(length):
