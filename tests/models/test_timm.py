@@ -77,6 +77,7 @@ def test_forward_intermediates(family: str) -> None:
     last, maps = model.forward_intermediates(x)
     assert [tuple(m.shape[1:]) for m in maps] == MAPS[family]
     torch.testing.assert_close(last, model.forward_features(x))
+    torch.testing.assert_close(model.norm(maps[-1].permute(0, 2, 3, 1)), last)
     (normed,) = model.forward_intermediates(x, indices=1, norm=True, output_fmt="NHWC", intermediates_only=True)
     torch.testing.assert_close(normed, last)
     chosen = model.forward_intermediates(x, indices=[0, 2], stop_early=True, intermediates_only=True)
