@@ -10,9 +10,11 @@ from natrain.layers.attention import (
 from natrain.layers.block import TransformerBlock
 from natrain.layers.embed import ConvDownsampler, ConvTokenizer, PatchMerging, PatchTokenizer
 from natrain.layers.padding import NA_PADDING, check_na_padding
+from natrain.layers.position import POSITIONS
 
 __all__ = [
     "NA_PADDING",
+    "POSITIONS",
     "ConvDownsampler",
     "ConvTokenizer",
     "GlobalAttention2d",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,19 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from natrain.errors import invalid
-from natrain.layers.padding import check_na_padding, fit_window
-from natrain.ops import na1d_qkvpacked, na2d_qkvpacked, na3d_qkvpacked
+from natrain.layers.padding import Fit, check_na_padding, fit_window
+from natrain.layers.position import check_pos, rotary_angles, rotate
+from natrain.ops import (
+    na1d,
+    na1d_qk,
+    na1d_qkvpacked,
+    na2d,
+    na2d_qk,
+    na2d_qkvpacked,
+    na3d,
+    na3d_qk,
+    na3d_qkvpacked,
+)
 from natrain.ops.problem import check_window
 from natrain.ops.registry import get_kernel
 
@@ -38,7 +50,7 @@ class _NeighborhoodAttention(nn.Module):
     """Self-attention of each token to its neighbourhood (NAT, 2204.07143, section 3.1; DiNAT, 2209.15001, section 3.1).
 
     Input and output ``[B, *spatial, dim]``. Parameters: ``qkv``, ``proj`` (linear) and ``rpb``
-    ``[num_heads, 2 * kernel_size - 1 per axis]``, named as in the published checkpoints.
+    ``[num_heads, 2 * kernel_size - 1 per axis]`` where ``pos="rpb"``, named as in the published checkpoints.
 
     Args:
         dim: channels C.
@@ -48,7 +60,8 @@ class _NeighborhoodAttention(nn.Module):
         stride: queries that share a window, int or one per axis; 1 is standard, ``kernel_size`` blocked attention.
         is_causal: bool or one per axis.
         qkv_bias: give the qkv projection a bias.
-        rel_pos_bias: learn a relative position bias, shared across dilation groups.
+        pos: ``"rpb"``, ``"rope"`` or ``"none"``; see ``natrain.layers.position``. The bias is shared across dilation
+            groups, that is, counted in dilated steps; rotations count tokens.
         scale: factor on q.k; None means head_dim ** -0.5.
         attn_drop: dropout on the attention probabilities, in training only.
         proj_drop: dropout after the output projection, in training only.
@@ -61,6 +74,8 @@ class _NeighborhoodAttention(nn.Module):
 
     na_dim: int
     attend: Callable[..., Tensor]
+    attend_packed: Callable[..., Tensor]
+    score: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -71,7 +86,7 @@ class _NeighborhoodAttention(nn.Module):
         stride: int | Sequence[int] = 1,
         is_causal: bool | Sequence[bool] = False,
         qkv_bias: bool = True,
-        rel_pos_bias: bool = True,
+        pos: str = "rpb",
         scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -81,6 +96,7 @@ class _NeighborhoodAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = head_dim_of(dim, num_heads)
+        self.pos = check_pos(pos, self.head_dim, self.na_dim)
         self.window = check_window((sys.maxsize,) * self.na_dim, kernel_size, dilation, stride, is_causal)
         self.scale = scale
         check_rates(attn_drop=attn_drop, proj_drop=proj_drop)
@@ -90,34 +106,61 @@ class _NeighborhoodAttention(nn.Module):
         self.kernel = kernel
         self.na_padding = check_na_padding(na_padding)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.rpb = nn.Parameter(torch.zeros(num_heads, *self.window.rpb_shape)) if rel_pos_bias else None
+        self.rpb = nn.Parameter(torch.zeros(num_heads, *self.window.rpb_shape)) if pos == "rpb" else None
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        if rel_pos_bias:
+        if self.rpb is not None:
             trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        qkv, fit = self._project(x)
+        options = dict(
+            **self._window_arguments(fit), dropout_p=self.attn_drop if self.training else 0.0, kernel=self.kernel
+        )
+        if self.pos == "rope":
+            out = self.attend(*self._rotated(qkv), **options).flatten(-2)
+        else:
+            out = self.attend_packed(qkv, **options).flatten(-2)
+        if any(fit.pad):
+            out = out[(slice(None), *map(slice, x.shape[1:-1]))]
+        return self.proj_drop(self.proj(out))
+
+    @torch.no_grad()
+    def attention_probs(self, x: Tensor) -> tuple[Tensor, Fit]:
+        """What every query attends to, as the layer does in evaluation: for people, not for training.
+
+        Returns:
+            probabilities float32 ``[B, *spatial, N, K]``, K in the order of ``natrain.ops.window.axis_window``, and the
+            window they belong to; the map has ``fit.pad`` tokens more per axis than ``x`` where the policy pads.
+        """
+        qkv, fit = self._project(x)
+        q, k, _ = self._rotated(qkv) if self.pos == "rope" else qkv.unbind(-3)
+        return self.score(q, k, **self._window_arguments(fit)).float().softmax(-1), fit
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Fit]:
+        """Pad as the policy says, then project: qkv ``[B, *spatial, 3, N, D]`` and the window to use."""
         lengths = x.shape[1:-1]
         if len(lengths) != self.na_dim:
             raise invalid("x.shape", tuple(x.shape), f"[B, {self.na_dim} spatial axes, C]", "the layer of another rank")
         fit = fit_window(lengths, self.window, self.na_padding)
-        padded = any(fit.pad)
-        if padded:
+        if any(fit.pad):
             x = F.pad(x, [0, 0] + [n for pad in reversed(fit.pad) for n in (0, pad)])
-        out = self.attend(
-            self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)),
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)), fit
+
+    def _rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = qkv.unbind(-3)
+        angles = rotary_angles(qkv.shape[1:-3], self.head_dim, qkv.device)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def _window_arguments(self, fit: Fit) -> dict[str, Any]:
+        return dict(
             kernel_size=fit.kernel_size,
             dilation=fit.dilation,
             stride=fit.stride,
             is_causal=self.window.is_causal,
             rpb=self._rpb_of(fit.kernel_size),
             scale=self.scale,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            kernel=self.kernel,
-        ).flatten(-2)
-        if padded:
-            out = out[(slice(None), *(slice(length) for length in lengths))]
-        return self.proj_drop(self.proj(out))
+        )
 
     def _rpb_of(self, kernel_size: tuple[int, ...]) -> Tensor | None:
         """The part of ``rpb`` that a (smaller) window uses: equal offsets keep equal biases."""
@@ -133,25 +176,33 @@ class _NeighborhoodAttention(nn.Module):
             parts.append(f"stride={window.stride}")
         if any(window.is_causal):
             parts.append(f"is_causal={window.is_causal}")
+        if self.pos != "rpb":
+            parts.append(f"pos={self.pos!r}")
         return ", ".join([*parts, f"kernel={self.kernel!r}, na_padding={self.na_padding!r}"])
 
 
 class NeighborhoodAttention1d(_NeighborhoodAttention):
     __doc__ = _NeighborhoodAttention.__doc__
     na_dim = 1
-    attend = staticmethod(na1d_qkvpacked)
+    attend = staticmethod(na1d)
+    attend_packed = staticmethod(na1d_qkvpacked)
+    score = staticmethod(na1d_qk)
 
 
 class NeighborhoodAttention2d(_NeighborhoodAttention):
     __doc__ = _NeighborhoodAttention.__doc__
     na_dim = 2
-    attend = staticmethod(na2d_qkvpacked)
+    attend = staticmethod(na2d)
+    attend_packed = staticmethod(na2d_qkvpacked)
+    score = staticmethod(na2d_qk)
 
 
 class NeighborhoodAttention3d(_NeighborhoodAttention):
     __doc__ = _NeighborhoodAttention.__doc__
     na_dim = 3
-    attend = staticmethod(na3d_qkvpacked)
+    attend = staticmethod(na3d)
+    attend_packed = staticmethod(na3d_qkvpacked)
+    score = staticmethod(na3d_qk)
 
 
 class GlobalAttention2d(nn.Module):

@@ -23,6 +23,7 @@ class Backbone(nn.Module):
 
     trunk_name = "levels"
     output_fmt = "NHWC"
+    pos = "rpb"  # how attention knows positions: natrain.layers.position
     default_out_indices: int | None = None  # of features_only: None is every unit, an int the last ones
 
     def __init__(self, in_chans: int, num_classes: int, drop_rate: float, **other_rates: float) -> None:

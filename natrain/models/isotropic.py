@@ -63,6 +63,7 @@ class NATIsotropic(_Isotropic):
         dim, depth, heads, mlp_ratio: channels, blocks, heads of each block, hidden channels of the MLP per channel.
         kernel_size: tokens per axis of a window.
         dilations: an int, or a pattern of ints that repeats over the blocks; ``(1, 2)`` is the published DiNAT.
+        pos: ``"rpb"``, ``"rope"`` or ``"none"``: how attention knows positions; see ``natrain.layers.position``.
         kernel: name of the attention kernel (or a list of that one name: there is one stage).
         na_padding: policy for maps shorter than kernel_size * dilation; see ``natrain.layers.padding``.
         img_size: the size (pixels) the model is meant for. Any size works later; naming it here checks it at once.
@@ -81,6 +82,7 @@ class NATIsotropic(_Isotropic):
         mlp_ratio: float = 4,
         kernel_size: int = 7,
         dilations: int | Sequence[int] = 1,
+        pos: str = "rpb",
         kernel: str | Sequence[str] = "auto",
         na_padding: str = "raise",
         img_size: int | tuple[int, int] | None = None,
@@ -105,6 +107,7 @@ class NATIsotropic(_Isotropic):
                 heads,
                 kernel_size,
                 plan[block],
+                pos=pos,
                 attn_drop=attn_drop_rate,
                 proj_drop=proj_drop_rate,
                 kernel=kernel,
@@ -113,6 +116,7 @@ class NATIsotropic(_Isotropic):
 
         self._make_blocks(attention, dim, depth, mlp_ratio, proj_drop_rate, drop_path_rate, global_pool)
         self.na_padding = na_padding
+        self.pos = pos
         self.windows = [StageWindows(PATCH_SIZE, kernel_size, max(plan))]
         if img_size is not None:
             self.check_image(*to_2tuple(img_size))

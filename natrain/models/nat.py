@@ -47,6 +47,7 @@ class NAT(Backbone):
         dilations: an int, or one entry per stage: an int, or a pattern that repeats over the stage's blocks, so that
             ``((1, 8), (1, 4), (1, 2), 1)`` is DiNAT's plan at 224 pixels; or the name of a published plan, as
             ``"coco800"`` (``natrain.models.plans``).
+        pos: ``"rpb"``, ``"rope"`` or ``"none"``: how attention knows positions; see ``natrain.layers.position``.
         kernel: name of the attention kernel, or one name per stage.
         na_padding: policy for maps shorter than kernel_size * dilation; see ``natrain.layers.padding``.
         img_size: the size (pixels) the model is meant for. Any size works later; naming it here checks it at once.
@@ -70,6 +71,7 @@ class NAT(Backbone):
         layer_scale: float | None = None,
         kernel_size: int | Sequence[int] = 7,
         dilations: Dilations | str = 1,
+        pos: str = "rpb",
         kernel: str | Sequence[str] = "auto",
         na_padding: str = "raise",
         img_size: int | tuple[int, int] | None = None,
@@ -90,6 +92,7 @@ class NAT(Backbone):
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         widths = [dim * 2**stage for stage in range(count)]
         self.na_padding = check_na_padding(na_padding)
+        self.pos = pos
         self.patch_embed = self.tokenizer(in_chans, dim)
         stages = []
         for stage, width in enumerate(widths):
@@ -101,6 +104,7 @@ class NAT(Backbone):
                         heads * 2**stage,
                         kernel_sizes[stage],
                         dilation,
+                        pos=pos,
                         attn_drop=attn_drop_rate,
                         proj_drop=proj_drop_rate,
                         kernel=kernels[stage],

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from natrain.data import build_datamodule
 from natrain.errors import invalid
+from natrain.models.weights.loading import refuse_pos_conversion
 from natrain.training.build import build_model, load_initial_weights, model_input
 from natrain.training.checkpoint import AtomicCheckpointIO, load_state, model_state, read_checkpoint, says
 from natrain.training.console import logging_to
@@ -222,6 +223,8 @@ def check_resumable(task: ClassificationTask, path: Path) -> int:
         )
     load_state(task.model, model_state(checkpoint), argument="resume", path=path, says=says(checkpoint))
     told = checkpoint["hyper_parameters"]
+    if hasattr(task.model, "pos"):
+        refuse_pos_conversion(told["model_args"].get("pos", "rpb"), task.model.pos, str(path))
     if told["class_names"] != task.describe["class_names"]:
         raise invalid(
             "resume", str(path), "a run on the same classes as the data", f"checkpoint={path} for its weights"

@@ -71,9 +71,9 @@ def make(na_dim: int, *args, **kwargs) -> torch.nn.Module:
         ((4, 5, 7), (3, 5, 3), (1, 1, 2), 2),
     ],
 )
-@pytest.mark.parametrize("rel_pos_bias", [True, False])
-def test_forward(lengths, k, d, heads, rel_pos_bias) -> None:
-    layer = make(len(lengths), 6, heads, k, d, rel_pos_bias=rel_pos_bias, kernel="reference")
+@pytest.mark.parametrize("pos", ["rpb", "none"])
+def test_forward(lengths, k, d, heads, pos) -> None:
+    layer = make(len(lengths), 6, heads, k, d, pos=pos, kernel="reference")
     x = torch.randn(2, *lengths, 6, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), by_loops(layer, x, k, d), rtol=1e-10, atol=1e-10)
@@ -112,7 +112,7 @@ def test_scale_stride_and_causality_reach_the_operator() -> None:
 
 def test_blocked_attention_is_attention_inside_windows() -> None:
     """stride = kernel_size on a side the kernel divides: each window attends to itself, as in Swin without shift."""
-    layer = make(1, 4, 1, 3, stride=3, rel_pos_bias=False)
+    layer = make(1, 4, 1, 3, stride=3, pos="none")
     x = torch.randn(1, 9, 4, dtype=torch.float64)
     with torch.no_grad():
         apart = [by_loops(layer, part, [3], [1]) for part in x.split(3, 1)]

@@ -227,9 +227,7 @@ def refuse_pos_conversion(stored: str | None, wanted: str, source: str) -> None:
         "rope": "q and k were trained to be rotated, and no table of biases gives the same scores",
         "none": "they were trained to attend without positions",
     }
-    raise invalid(
-        "model.args.pos", wanted, f"{stored}, as in {source}: {reasons[stored]}", f"model.args.pos={stored}"
-    )
+    raise invalid("model.args.pos", wanted, f"{stored}, as in {source}: {reasons[stored]}", f"model.args.pos={stored}")
 
 
 def _check(
