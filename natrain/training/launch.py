@@ -71,10 +71,12 @@ def _first_failure(error: Any) -> BaseException:
     rank, failure = error.get_first_failure()
     if failure.exitcode == 143:
         return SystemExit(143)
-    kind, _, message = str(failure.message).partition(": ")
+    text = failure.error_file_data.get("message", failure.message) if failure.error_file_data else failure.message
+    text = str(text["message"] if isinstance(text, dict) else text)  # nested by a rank that raised, plain if it died
+    kind, _, message = text.partition(": ")
     if kind == "ValueError":
         return ValueError(message)
-    return RuntimeError(f"rank {rank} failed: {failure.message}")
+    return RuntimeError(f"rank {rank} failed: {text}")
 
 
 def cluster_environment() -> ClusterEnvironment:
