@@ -24,12 +24,12 @@ void with_types(const Plan& plan, F&& f) {
 
 }  // namespace
 
-extern "C" void natrain_cpu_forward(const Arguments* arguments) {
+extern "C" __attribute__((visibility("default"))) void natrain_cpu_forward(const Arguments* arguments) {
   const Plan plan(*arguments);
   with_types(plan, [&](auto element, auto is_paired) { forward<decltype(element), is_paired()>(plan); });
 }
 
-extern "C" void natrain_cpu_backward(const Arguments* arguments) {
+extern "C" __attribute__((visibility("default"))) void natrain_cpu_backward(const Arguments* arguments) {
   const Plan plan(*arguments);
   with_types(plan, [&](auto element, auto is_paired) { backward<decltype(element), is_paired()>(plan); });
 }

@@ -12,14 +12,14 @@ namespace natrain {
 // scores -> probabilities, products -> d_scores, in place; `dropped` receives what multiplies the values.
 template <bool PAIRED>
 inline void softmax_backward(const Plan& plan, const Tile& tile, const LaneWindow& w, const BiasTable& table,
-                             const Real* bias, const Real* zeros, const DropoutRow* dropout, Real lse, Real d_lse,
+                             const Real* bias, const DropoutRow* dropout, Real lse, Real d_lse,
                              Real* scores, Real* products, Real* dropped) {
   const Real keep_scale = plan.a.keep_scale;
   Vector total = {};
   over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
     const int at = vector * LANES;
     Vector s = load(scores + at);
-    if (bias) s += bias_vector<PAIRED>(table, bias, zeros, mask, z, y, x);
+    if (bias) s += bias_vector<PAIRED>(table, bias, z, y, x);
     const Vector p = select(mask, exponential(s - lse), Vector{});
     unsigned kept = mask;
     Vector product = load(products + at);
@@ -115,10 +115,14 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
   std::fill(d_values, d_values + box.natural_count(), Real(0));
 
   const BiasTable table(plan);
-  const Real zeros[LANES] = {};
-  Real* rows = scratch.rows.reserve(3 * QUERY_BLOCK * lanes);
-  Real *d_out = rows + QUERY_BLOCK * lanes, *d_q = d_out + QUERY_BLOCK * lanes;
-  over_tiles(plan, unit, box, is_unsafe, tiles, tiles_end, [&](const Tile& tile) {
+  Real* rows = scratch.rows.reserve(row_queries(unit, tiles, tiles_end) * lanes);
+  Real* d_outs = scratch.d_outs.reserve(row_queries(unit, tiles, tiles_end) * lanes);
+  Real* d_q = scratch.results.reserve(QUERY_BLOCK * lanes);
+  const auto begin = [&](const Span& z, const Span& y) {
+    gather_queries<E>(plan, unit, a.q, z, y, tiles[2], tiles_end[2], Real(a.scale), rows);
+    gather_queries<E>(plan, unit, a.d_out, z, y, tiles[2], tiles_end[2], Real(1), d_outs);
+  };
+  over_tiles(plan, unit, box, is_unsafe, tiles, tiles_end, begin, [&](const Tile& tile, int before) {
     const bool is_own = tile.span[cut].query >= own_first[cut] && tile.span[cut].query < own_end[cut];
     const int vectors = tile.lanes / LANES, queries = tile.queries();
     const Real** key_columns = scratch.columns.reserve(4 * vectors);
@@ -133,15 +137,10 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
     for (int b = 0; b < blocks; ++b) {
       const int from = queries * b / blocks, count = queries * (b + 1) / blocks - from;
       int at[QUERY_BLOCK][3];
-      for (int i = 0; i < count; ++i) {
-        tile.position(from + i, at[i]);
-        const auto [z, y, x] = at[i];
-        read_row(static_cast<const E*>(a.q.data) + unit.offset(a, a.q, z, y, x), box.dims, Real(a.scale),
-                 rows + i * lanes);
-        read_row(static_cast<const E*>(a.d_out.data) + unit.offset(a, a.d_out, z, y, x), box.dims, Real(1),
-                 d_out + i * lanes);
-      }
-      score<PAIRED>(count, rows, lanes, box.dims, key_columns, box.column_pitch, vectors, scores, tile.lanes);
+      for (int i = 0; i < count; ++i) tile.position(from + i, at[i]);
+      const Real* q = rows + int64_t(before + from) * lanes;
+      const Real* d_out = d_outs + int64_t(before + from) * lanes;
+      score<PAIRED>(count, q, lanes, box.dims, key_columns, box.column_pitch, vectors, scores, tile.lanes);
       score<PAIRED>(count, d_out, lanes, box.dims, value_columns, box.column_pitch, vectors, products, tile.lanes);
       for (int i = 0; i < count; ++i) {
         const auto [z, y, x] = at[i];
@@ -154,7 +153,7 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
         const Real d_lse =
             a.d_lse.data ? static_cast<const Real*>(a.d_lse.data)[unit.offset(a, a.d_lse, z, y, x)] : Real(0);
         const int64_t score_at = int64_t(i) * tile.lanes;
-        softmax_backward<PAIRED>(plan, tile, window, table, a.rpb ? scratch.bias.data() + origin : nullptr, zeros,
+        softmax_backward<PAIRED>(plan, tile, window, table, a.rpb ? scratch.bias.data() + origin : nullptr,
                                  a.has_dropout ? &dropout : nullptr, lse, d_lse, scores + score_at,
                                  products + score_at, dropped + score_at);
         if (a.d_rpb && is_own) {
@@ -168,7 +167,7 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
           write_row(static_cast<E*>(a.d_q.data) + offset, box.dims, Real(a.scale), d_q + i * lanes);
         }
       }
-      scatter(count, products, tile.lanes, key_rows, rows, d_keys);
+      scatter(count, products, tile.lanes, key_rows, q, d_keys);
       scatter(count, dropped, tile.lanes, key_rows, d_out, d_values);
     }
   });
@@ -193,7 +192,7 @@ inline void backward(const Plan& plan) {
   const int64_t parts = std::min(units, (enough_tasks + a.heads - 1) / a.heads);
   const int64_t tasks = parts * a.heads;
   const BiasTable table(plan);
-  const int64_t entries = int64_t(table.rows) * plan.rpb_rows[2];
+  const int64_t entries = int64_t(plan.rpb_rows[0]) * plan.rpb_rows[1] * plan.rpb_rows[2];
   std::vector<Real> partial(a.d_rpb ? tasks * entries : 0);
 #pragma omp parallel num_threads(int(std::min<int64_t>(a.threads, tasks)))
   {

@@ -67,6 +67,12 @@ inline float16 narrow<float16>(Real x) {
 #endif
 }
 
+// A hint: any address will do.
+template <class E>
+inline void prefetch_row(const E* row, int count) {
+  for (int i = 0; i < count; i += 64 / int(sizeof(E))) __builtin_prefetch(row + i);
+}
+
 // `to` has room for whole vectors; what lies beyond `count` becomes 0.
 template <class E>
 inline void read_row(const E* from, int count, Real factor, Real* to) {

@@ -8,25 +8,29 @@ namespace natrain {
 // scores -> probabilities times their sum, in place (dropped ones 0); returns that sum and the scores' maximum.
 template <bool PAIRED>
 inline void softmax(const Plan& plan, const Tile& tile, const LaneWindow& w, const BiasTable& table, const Real* bias,
-                    const Real* zeros, const DropoutRow* dropout, Real* scores, Real& sum, Real& most) {
+                    const DropoutRow* dropout, Real* scores, Real& sum, Real& most) {
   constexpr Real infinity = std::numeric_limits<Real>::infinity();
   Vector highest = broadcast(-infinity);
   over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
     Vector s = load(scores + vector * LANES);
-    if (bias) s += bias_vector<PAIRED>(table, bias, zeros, mask, z, y, x);
+    if (bias) s += bias_vector<PAIRED>(table, bias, z, y, x);
     s = select(mask, s, broadcast(-infinity));
     highest = maximum(s, highest);
     store(scores + vector * LANES, s);
   });
   most = max_lanes(highest);
   Vector total = {};
-  over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
-    Vector p = exponential(load(scores + vector * LANES) - most);
+  for (int at = 0; at < tile.lanes; at += LANES) {
+    const Vector p = exponential(load(scores + at) - most);
     total += p;
-    if (dropout) p = select(kept_lanes(plan, *dropout, w, mask, PAIRED, z, y, x), p, Vector{});
-    store(scores + vector * LANES, p);
-  });
+    store(scores + at, p);
+  }
   sum = sum_lanes(total);
+  if (!dropout) return;
+  over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
+    Real* p = scores + vector * LANES;
+    store(p, select(kept_lanes(plan, *dropout, w, mask, PAIRED, z, y, x), load(p), Vector{}));
+  });
 }
 
 template <class E, bool PAIRED>
@@ -50,10 +54,12 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
   pack<E>(plan, unit, box, a.v, values, nullptr, is_unsafe, block);
 
   const BiasTable table(plan);
-  const Real zeros[LANES] = {};
-  Real* rows = scratch.rows.reserve(2 * QUERY_BLOCK * lanes);
-  Real* out = rows + QUERY_BLOCK * lanes;
-  over_tiles(plan, unit, box, is_unsafe, unit.tiles, unit.tiles_end, [&](const Tile& tile) {
+  Real* rows = scratch.rows.reserve(row_queries(unit, unit.tiles, unit.tiles_end) * lanes);
+  Real* out = scratch.results.reserve(QUERY_BLOCK * lanes);
+  const auto begin = [&](const Span& z, const Span& y) {
+    gather_queries<E>(plan, unit, a.q, z, y, unit.tiles[2], unit.tiles_end[2], Real(a.scale), rows);
+  };
+  over_tiles(plan, unit, box, is_unsafe, unit.tiles, unit.tiles_end, begin, [&](const Tile& tile, int before) {
     const int vectors = tile.lanes / LANES, queries = tile.queries();
     const Real** columns = scratch.columns.reserve(2 * vectors);
     find_columns(shape, tile, box, keys_t, columns);
@@ -63,19 +69,16 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
     for (int b = 0; b < blocks; ++b) {
       const int from = queries * b / blocks, count = queries * (b + 1) / blocks - from;
       int at[QUERY_BLOCK][3];
-      for (int i = 0; i < count; ++i) {
-        tile.position(from + i, at[i]);
-        const E* q = static_cast<const E*>(a.q.data) + unit.offset(a, a.q, at[i][0], at[i][1], at[i][2]);
-        read_row(q, box.dims, Real(a.scale), rows + i * lanes);
-      }
-      score<PAIRED>(count, rows, lanes, box.dims, columns, box.column_pitch, vectors, scores, tile.lanes);
+      for (int i = 0; i < count; ++i) tile.position(from + i, at[i]);
+      const Real* q = rows + int64_t(before + from) * lanes;
+      score<PAIRED>(count, q, lanes, box.dims, columns, box.column_pitch, vectors, scores, tile.lanes);
       Real sum[QUERY_BLOCK], most[QUERY_BLOCK];
       for (int i = 0; i < count; ++i) {
         const Real* bias = a.rpb ? scratch.bias.data() + table.origin(plan, tile, at[i]) : nullptr;
         const int64_t row = (int64_t(unit.image) * a.heads + unit.head) * a.length[0] * a.length[1] * a.length[2] +
                             unit.token(a, at[i][0], at[i][1], at[i][2]);
         const DropoutRow dropout(a.seed, row);
-        softmax<PAIRED>(plan, tile, tile.window(unit, at[i]), table, bias, zeros, a.has_dropout ? &dropout : nullptr,
+        softmax<PAIRED>(plan, tile, tile.window(unit, at[i]), table, bias, a.has_dropout ? &dropout : nullptr,
                         scores + int64_t(i) * tile.lanes, sum[i], most[i]);
       }
       weigh(count, scores, tile.lanes, keys, values, out);

@@ -50,7 +50,8 @@ struct PackedBox {
 
   int rows() const { return size[0] * size[1]; }
   int row(int z, int y) const { return (z - first[0]) * size[1] + (y - first[1]); }
-  int64_t natural_count() const { return int64_t(rows()) * size[2] * dim_lanes; }
+  // A block of keys may be read past the last.
+  int64_t natural_count() const { return (int64_t(rows()) * size[2] + LANES) * dim_lanes; }
   // The last row may be read past its end by a tile's unused lanes.
   int64_t transposed_count(int row_lanes) const { return int64_t(rows()) * dims * column_pitch + row_lanes + LANES; }
   int64_t natural(int row) const { return int64_t(row) * size[2] * dim_lanes; }
@@ -58,7 +59,7 @@ struct PackedBox {
 };
 
 // Copies a tensor's keys into `natural` [rows][x][D] and / or `transposed` [rows][D][x]; a row that holds inf or NaN is
-// marked, for 0 * inf would carry it to queries that do not attend to it.
+// marked, for 0 * inf would carry it to queries that do not attend to it. `block` has room for LANES keys.
 template <class E>
 inline void pack(const Plan& plan, const Unit& unit, const PackedBox& box, const TensorArgument& tensor, Real* natural,
                  Real* transposed, uint8_t* is_unsafe, Real* block) {
@@ -71,17 +72,25 @@ inline void pack(const Plan& plan, const Unit& unit, const PackedBox& box, const
     for (int x = 0; x < box.size[2]; x += LANES) {
       const int count = std::min(LANES, box.size[2] - x);
       Real* to = natural ? natural + box.natural(row) + int64_t(x) * lanes : block;
-      for (int i = 0; i < count; ++i) {
-        read_row(from + (x + i) * step, dims, Real(1), to + i * lanes);
+      for (int i = 0; i < count; ++i, from += step) {
+        prefetch_row(from + 16 * step, dims);
+        read_row(from, dims, Real(1), to + i * lanes);
         for (int d = 0; d < lanes; d += LANES) check += load(to + i * lanes + d) * Real(0);
       }
       if (!transposed) continue;
-      for (int d = 0; d < dims; d += LANES) {
-        Vector rows[LANES] = {};
-        for (int i = 0; i < count; ++i) rows[i] = load(to + i * lanes + d);
+      for (int d = 0; d < lanes; d += LANES) {
+        // A short block transposes what follows it too, into columns that nobody uses.
+        Vector rows[LANES];
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) rows[i] = load(to + i * lanes + d);
         transpose(rows);
         Real* out = transposed + box.transposed(row) + d * box.column_pitch + x;
-        for (int i = 0; i < std::min(LANES, dims - d); ++i) store(out + i * box.column_pitch, rows[i]);
+        if (d + LANES <= dims) {
+#pragma GCC unroll 16
+          for (int i = 0; i < LANES; ++i) store(out + i * box.column_pitch, rows[i]);
+        } else {
+          for (int i = 0; i < dims - d; ++i) store(out + i * box.column_pitch, rows[i]);
+        }
       }
     }
     is_unsafe[row] |= !(sum_lanes(check) == 0);
@@ -118,68 +127,68 @@ struct Tile {
   }
 };
 
-// The bias of one head as Reals with a margin of a row of lanes on both sides, so that vectors may overhang.
+// The bias of one head as Reals, with margins on all sides as wide as a tile may reach beyond a query's window, so that
+// whole vectors are read and masked afterwards.
 struct BiasTable {
-  int margin, pitch, rows_y, rows;
+  int margin[3], pitch, rows_y, rows_z;
 
-  explicit BiasTable(const Plan& plan)
-      : margin(plan.shape.row_lanes + LANES),
-        pitch(round_up(plan.rpb_rows[2] + 2 * margin, LANES)),
-        rows_y(plan.rpb_rows[1]),
-        rows(plan.rpb_rows[0] * plan.rpb_rows[1]) {}
+  explicit BiasTable(const Plan& plan) {
+    for (int axis = 0; axis < 2; ++axis) margin[axis] = plan.shape.most_keys[axis] - plan.a.kernel_size[axis] + 1;
+    margin[2] = plan.shape.row_lanes + LANES;
+    rows_z = plan.rpb_rows[0] + 2 * margin[0];
+    rows_y = plan.rpb_rows[1] + 2 * margin[1];
+    pitch = round_up(plan.rpb_rows[2] + 2 * margin[2], LANES);
+  }
 
-  int64_t count() const { return int64_t(rows) * pitch; }
+  int64_t count() const { return int64_t(rows_z) * rows_y * pitch; }
 
-  // Lane 0 of row (z, y) = (0, 0) of a tile, for the query at `at`. Only the window's own rows may be read.
+  int64_t row(int z, int y) const { return (int64_t(z + margin[0]) * rows_y + y + margin[1]) * pitch + margin[2]; }
+
+  // Lane 0 of row (z, y) = (0, 0) of a tile, for the query at `at`.
   int64_t origin(const Plan& plan, const Tile& tile, const int (&at)[3]) const {
-    int64_t offset[3];
-    for (int axis = 0; axis < 3; ++axis) {
-      offset[axis] = tile.span[axis].key - at[axis] + plan.a.kernel_size[axis] - 1;
-    }
-    return (offset[0] * rows_y + offset[1]) * pitch + offset[2] + margin;
+    const auto offset = [&](int axis) { return tile.span[axis].key - at[axis] + int(plan.a.kernel_size[axis]) - 1; };
+    return row(offset(0), offset(1)) + offset(2);
   }
 
   void read(const Plan& plan, int head, Real* table) const {
-    const int width = plan.rpb_rows[2];
+    const int *size = plan.rpb_rows;
     std::fill(table, table + count(), Real(0));
-    for (int row = 0; row < rows; ++row) {
-      const Real* from = plan.a.rpb + (int64_t(head) * rows + row) * width;
-      std::copy(from, from + width, table + int64_t(row) * pitch + margin);
+    const Real* from = plan.a.rpb + int64_t(head) * size[0] * size[1] * size[2];
+    for (int z = 0; z < size[0]; ++z) {
+      for (int y = 0; y < size[1]; ++y, from += size[2]) std::copy(from, from + size[2], table + row(z, y));
     }
   }
 
   void add(const Plan& plan, const Real* table, Real* to) const {
-    const int width = plan.rpb_rows[2];
-    for (int row = 0; row < rows; ++row) {
-      for (int x = 0; x < width; ++x) to[int64_t(row) * width + x] += table[int64_t(row) * pitch + margin + x];
+    const int *size = plan.rpb_rows;
+    for (int z = 0; z < size[0]; ++z) {
+      for (int y = 0; y < size[1]; ++y, to += size[2]) {
+        for (int x = 0; x < size[2]; ++x) to[x] += table[row(z, y) + x];
+      }
     }
   }
 };
 
-// Calls f(vector index, lane mask, first row z, y, first lane x) for every vector of a tile's scores; a mask's bits are the
-// lanes that hold keys of the query's window.
+// Calls f(vector index, lane mask, row z, y, lane x) for every vector of a tile's scores; a mask's bits are the lanes that
+// hold keys of the query's window.
 template <bool PAIRED, class F>
 inline void over_vectors(const TileShape& shape, const Tile& tile, const LaneWindow& w, F&& f) {
+  constexpr int half = LANES / 2, step = PAIRED ? 2 : 1;
+  const int planes = tile.span[0].keys(), rows = tile.rows_y, row_lanes = shape.row_lanes;
+  const unsigned narrow_mask = lane_range(w.x, w.x_end);
   int vector = 0;
-  if constexpr (PAIRED) {
-    constexpr int half = LANES / 2;
-    const unsigned row_mask = lane_range(w.x, w.x_end);
-    for (int z = 0; z < tile.span[0].keys(); ++z) {
-      const bool has_z = z >= w.z && z < w.z_end;
-      for (int y = 0; y < tile.rows_y; y += 2) {
-        const unsigned low = has_z && y >= w.y && y < w.y_end ? row_mask : 0;
-        const unsigned high = has_z && y + 1 >= w.y && y + 1 < w.y_end ? row_mask << half : 0;
+  for (int z = 0; z < planes; ++z) {
+    const bool has_z = z >= w.z && z < w.z_end;
+    const int first = has_z ? w.y : 0, past = has_z ? w.y_end : 0;
+    for (int y = 0; y < rows; y += step) {
+      const unsigned low = unsigned(y - first) < unsigned(past - first) ? narrow_mask : 0u;
+      if constexpr (PAIRED) {
+        const unsigned high = unsigned(y + 1 - first) < unsigned(past - first) ? narrow_mask << half : 0u;
         f(vector++, low | high, z, y, 0);
-      }
-    }
-  } else {
-    for (int z = 0; z < tile.span[0].keys(); ++z) {
-      const bool has_z = z >= w.z && z < w.z_end;
-      for (int y = 0; y < tile.rows_y; ++y) {
-        const bool has_row = has_z && y >= w.y && y < w.y_end;
-        for (int x = 0; x < shape.row_lanes; x += LANES) {
-          f(vector++, has_row ? lane_range(w.x - x, w.x_end - x) : 0u, z, y, x);
-        }
+      } else if (row_lanes == LANES) {
+        f(vector++, low, z, y, 0);
+      } else {
+        for (int x = 0; x < row_lanes; x += LANES) f(vector++, low ? lane_range(w.x - x, w.x_end - x) : 0u, z, y, x);
       }
     }
   }
@@ -187,14 +196,9 @@ inline void over_vectors(const TileShape& shape, const Tile& tile, const LaneWin
 
 // The bias of the lanes that over_vectors names; lanes outside the mask are anything.
 template <bool PAIRED>
-inline Vector bias_vector(const BiasTable& table, const Real* origin, const Real* zeros, unsigned mask, int z, int y,
-                          int x) {
+inline Vector bias_vector(const BiasTable& table, const Real* origin, int z, int y, int x) {
   const Real* low = origin + int64_t(z * table.rows_y + y) * table.pitch + x;
-  if constexpr (PAIRED) {
-    constexpr unsigned half = (1u << LANES / 2) - 1;
-    return load_pair(mask & half ? low : zeros, mask >> LANES / 2 ? low + table.pitch : zeros);
-  }
-  return load(mask ? low : zeros);
+  return PAIRED ? load_pair(low, low + table.pitch) : load(low);
 }
 
 // Which lanes dropout keeps.
@@ -211,9 +215,19 @@ inline unsigned kept_lanes(const Plan& plan, const DropoutRow& row, const LaneWi
   return kept & mask;
 }
 
-// What forward and backward share: one thread's scratch, and the tiles of a unit.
+// Queries of the longest row of tiles.
+inline int64_t row_queries(const Unit& unit, const int (&from)[3], const int (&to)[3]) {
+  const auto most = [&](int axis) {
+    int queries = 0;
+    for (int t = from[axis]; t < to[axis]; ++t) queries = std::max(queries, unit.axes[axis]->tiles[t].queries());
+    return int64_t(queries);
+  };
+  return most(0) * most(1) * unit.axes[2]->n;
+}
+
+// One thread's memory.
 struct Scratch {
-  Buffer<Real> keys_t, values_t, keys, values, d_keys, d_values, bias, d_bias, block, rows, scores;
+  Buffer<Real> keys_t, values_t, keys, values, d_keys, d_values, bias, d_bias, block, rows, d_outs, results, scores;
   Buffer<uint8_t> is_unsafe;
   Buffer<const Real*> columns;
   Buffer<int> row_lane;
@@ -248,11 +262,31 @@ inline KeyRows find_rows(const TileShape& shape, const Tile& tile, const PackedB
   return {count, tile.span[2].keys(), box.dim_lanes, lane, first};
 }
 
-// Runs f(tile) over the tiles [from, to) of a unit. A tile that sees an unsafe row is cut into single queries, whose keys
+// Copies the queries of the tiles [from, to) along x, scaled, in the order in which the tiles go over them. Reading them
+// well before they are used hides the memory's latency: tokens lie too far apart for the processor to foresee.
+template <class E>
+inline void gather_queries(const Plan& plan, const Unit& unit, const TensorArgument& tensor, const Span& z,
+                           const Span& y, int from, int to, Real factor, Real* rows) {
+  const int64_t step = tensor.token[2] * plan.a.dilation[2];
+  for (int tx = from; tx < to; ++tx) {
+    const Span& x = unit.axes[2]->tiles[tx];
+    for (int qz = z.query; qz < z.query_end; ++qz) {
+      for (int qy = y.query; qy < y.query_end; ++qy) {
+        const E* row = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, qz, qy, x.query);
+        for (int qx = x.query; qx < x.query_end; ++qx, row += step, rows += plan.dim_lanes) {
+          prefetch_row(row + 16 * step, plan.a.head_dim);
+          read_row(row, plan.a.head_dim, factor, rows);
+        }
+      }
+    }
+  }
+}
+
+// Runs begin(z, y) for every row of tiles [from, to) of a unit, then f(tile, queries of the row before it). A tile that sees an unsafe row is cut into single queries, whose keys
 // are exactly their own window.
-template <class F>
+template <class Begin, class F>
 inline void over_tiles(const Plan& plan, const Unit& unit, const PackedBox& box, const uint8_t* is_unsafe,
-                       const int (&from)[3], const int (&to)[3], F&& f) {
+                       const int (&from)[3], const int (&to)[3], Begin&& begin, F&& f) {
   const auto& axes = unit.axes;
   for (int tz = from[0]; tz < to[0]; ++tz) {
     for (int ty = from[1]; ty < to[1]; ++ty) {
@@ -261,16 +295,20 @@ inline void over_tiles(const Plan& plan, const Unit& unit, const PackedBox& box,
       for (int kz = z.key; kz < z.key_end; ++kz) {
         for (int ky = y.key; ky < y.key_end; ++ky) is_safe = is_safe && !is_unsafe[box.row(kz, ky)];
       }
+      begin(z, y);
+      int before = 0;
       for (int tx = from[2]; tx < to[2]; ++tx) {
         const Span& x = axes[2]->tiles[tx];
         if (is_safe) {
-          f(Tile(plan.shape, z, y, x));
+          f(Tile(plan.shape, z, y, x), before);
+          before += z.queries() * y.queries() * x.queries();
           continue;
         }
         for (int qz = z.query; qz < z.query_end; ++qz) {
           for (int qy = y.query; qy < y.query_end; ++qy) {
             for (int qx = x.query; qx < x.query_end; ++qx) {
-              f(Tile(plan.shape, axes[0]->span(qz, qz + 1), axes[1]->span(qy, qy + 1), axes[2]->span(qx, qx + 1)));
+              f(Tile(plan.shape, axes[0]->span(qz, qz + 1), axes[1]->span(qy, qy + 1), axes[2]->span(qx, qx + 1)),
+                before++);
             }
           }
         }

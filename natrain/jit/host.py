@@ -65,7 +65,7 @@ class HostToolchain:
 
     def _flags(self) -> tuple[str, ...]:
         numeric = ("-ffp-contract=fast", "-fno-trapping-math")
-        return (*LEVELS[self.level], "-O3", "-std=c++17", "-fPIC", *numeric, "-fopenmp")
+        return (*LEVELS[self.level], "-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *numeric, "-fopenmp")
 
     def identity(self) -> str:
         compiler = find_compiler()
