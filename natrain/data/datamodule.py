@@ -18,7 +18,7 @@ from natrain.data.sampler import EvalSampler, TrainSampler
 from natrain.data.transforms import ModelInput, build_eval_transform, build_train_transform
 from natrain.errors import invalid, nearest
 
-DATASETS: dict[str, Callable[[str | None], Splits]] = {
+DATASETS: dict[str, Callable[..., Splits]] = {
     "digits": read_digits,
     "cifar10": read_cifar10,
     "imagefolder": read_imagefolder,
@@ -38,8 +38,9 @@ def build_datamodule(
     """Find the data set and check everything that can be checked without decoding it.
 
     Args:
-        cfg_data: ``name``, ``root``, ``num_classes`` (None: from the data), ``workers`` per rank (None: from the
-            cores), ``val_batch`` per rank (None: twice ``micro_batch``), ``bad_image_limit``.
+        cfg_data: ``name``, ``root``, ``labels``, ``val_share``, ``split_seed``, ``num_classes`` (None: from the data),
+            ``workers`` per rank (None: from the cores), ``val_batch`` per rank (None: twice ``micro_batch``),
+            ``bad_image_limit``.
         cfg_augment: see :func:`natrain.data.transforms.build_train_transform`.
         input: ``dict(img_size, in_chans, mean, std, crop_pct, interpolation)`` of the model.
         micro_batch: images per rank and forward pass.
@@ -62,7 +63,7 @@ def build_datamodule(
         raise invalid("data.workers", workers, "processes >= 0, or null", "data.workers=null")
     if val_batch is not None and val_batch < 1:
         raise invalid("data.val_batch", val_batch, "images >= 1, or null", "data.val_batch=null")
-    splits = DATASETS[name](cfg_data.get("root"))
+    splits = _read(name, cfg_data)
     num_classes = cfg_data.get("num_classes")
     if num_classes is not None and num_classes != len(splits.class_names):
         raise invalid(
@@ -80,6 +81,19 @@ def build_datamodule(
         bad_image_limit=limit,
         seed=seed,
     )
+
+
+def _read(name: str, cfg_data: Mapping[str, Any]) -> Splits:
+    """The data set; how labels and a missing split are found concerns image folders only."""
+    root = cfg_data.get("root")
+    if name == "imagefolder":
+        given = {key: cfg_data[key] for key in ("labels", "val_share", "split_seed") if key in cfg_data}
+        return read_imagefolder(root, **given)
+    if cfg_data.get("labels") is not None:
+        raise invalid(
+            "data.labels", cfg_data["labels"], f"null: data={name} brings its labels", "data=imagefolder, or no labels"
+        )
+    return DATASETS[name](root)
 
 
 class ImageDataModule(lightning.LightningDataModule):

@@ -1,4 +1,4 @@
-"""Images in class folders, ``root/{train,val}/<class>/*``, and the official ImageNet as it is downloaded."""
+"""Images in class folders, ``root/{train,val}/<class>/*`` or ``root/<class>/*``, and ImageNet as it is downloaded."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from natrain.data.imagenet import read_flat_val
 from natrain.data.images import FileImages, Splits
+from natrain.data.labels import read_labelled
+from natrain.data.split import split_indices
 from natrain.errors import invalid
 
-LAYOUT = "a folder that holds train/<class>/*.jpg and val/<class>/*.jpg"
+LAYOUT = "a folder that holds train/<class>/*.jpg and val/<class>/*.jpg, or <class>/*.jpg"
 _SHOWN = 5
 
 
-def read_imagefolder(root: str | None) -> Splits:
+def read_imagefolder(
+    root: str | None, labels: str | None = None, val_share: float = 0.1, split_seed: int = 0
+) -> Splits:
     """List the images; none is opened. Classes are numbered in the sorted order of their folders.
 
-    Files that are no images by their extension are passed over, and so are hidden files and folders.
+    Files that are no images by their extension are passed over, and so are hidden files and folders. Where there is no
+    val/, a seeded share of each class validates (``natrain.data.split``).
+
+    Args:
+        root: the folder.
+        labels: a table of files and labels (``natrain.data.labels``) in place of class folders.
+        val_share, split_seed: of the split that the data does not bring.
 
     Raises:
         ValueError: a missing folder, an empty class folder, other classes in val than in train.
@@ -27,11 +37,15 @@ def read_imagefolder(root: str | None) -> Splits:
     if root is None:
         raise invalid("data.root", root, LAYOUT, "data.root=DIR")
     folder = Path(root).expanduser()
+    if labels is not None:
+        return read_labelled(folder, Path(labels).expanduser(), val_share, split_seed)
     if not (folder / "train").is_dir():
+        if not (folder / "val").is_dir() and any(any(_images(child)) for child in _folders(folder)):
+            return _split_folder(folder, folder, val_share, split_seed)
         nested = next((child for child in _folders(folder) if (child / "train").is_dir()), None)
         raise invalid("data.root", root, LAYOUT, f"data.root={nested or 'DIR'}")
     if not (folder / "val").is_dir():
-        raise invalid("data.root", root, f"{LAYOUT}; val/ is missing", f"mkdir {folder / 'val'} and put images there")
+        return _split_folder(folder, folder / "train", val_share, split_seed)
     class_names = [child.name for child in _folders(folder / "train")]
     if not class_names:
         raise invalid("data.root", root, f"{LAYOUT}; train/ holds no class folders", "one folder per class in train/")
@@ -45,6 +59,19 @@ def read_imagefolder(root: str | None) -> Splits:
         check_same_classes(class_names, val_classes, folder)
         number = {name: target for target, name in enumerate(class_names)}
         val = FileImages(folder / "val", paths, [number[name] for name in val_classes])
+    return Splits(train=train, val=val, class_names=class_names, small_side=None, hflip=0.5)
+
+
+def _split_folder(root: Path, folder: Path, val_share: float, split_seed: int) -> Splits:
+    """All images are below ``folder``, one folder a class; a share of each class validates."""
+    class_names = [child.name for child in _folders(folder)]
+    if not class_names:
+        raise invalid("data.root", str(root), f"{LAYOUT}; {folder} holds no class folders", "one folder per class")
+    images = _read_classes(folder, class_names)
+    chosen = split_indices(images.targets, class_names, val_share, split_seed, root)
+    train, val = (
+        FileImages(folder, [images.path(index) for index in indices], images.targets[indices]) for indices in chosen
+    )
     return Splits(train=train, val=val, class_names=class_names, small_side=None, hflip=0.5)
 
 

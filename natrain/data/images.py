@@ -105,8 +105,12 @@ class FileImages:
     def load(self, index: int, mode: str) -> Image.Image:
         return decode(self.name(index), mode)
 
+    def path(self, index: int) -> str:
+        """Relative to the folder."""
+        return os.fsdecode(bytes(self._paths[index]))
+
     def name(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self._paths[index])))
+        return os.path.join(self.root, self.path(index))
 
 
 class ArrayImages:

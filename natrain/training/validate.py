@@ -62,6 +62,8 @@ NUMBERS: dict[str, Number] = {
     "micro_batch": _count(1, 128, may_be_null=True),
     "data.img_size": _count(1, 224, may_be_null=True),
     "data.in_chans": _count(1, 3, may_be_null=True),
+    "data.val_share": Number(0, 1, 0.1, open_low=True, open_high=True),
+    "data.split_seed": _count(0, 0),
     "data.num_classes": _count(1, 1000, may_be_null=True),
     "data.workers": _count(0, 4, may_be_null=True),
     "data.val_batch": _count(1, 256, may_be_null=True),
