@@ -106,7 +106,7 @@ def read_checkpoint(path: str | Path, argument: str = "checkpoint") -> dict[str,
 
 def _unpickle(path: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")  # about versions of pickle; what matters raises
         # Training scripts of timm's kind store their arguments as a Namespace: attributes, no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -18,7 +18,7 @@ from natrain.models.weights.describe import METADATA, describe
 from natrain.models.weights.fetch import locate
 from natrain.models.weights.files import read_checkpoint, read_folder, write_safetensors
 from natrain.models.weights.layouts import normalise
-from natrain.models.weights.recognise import check_variant, has_plan, recognise, shapes_in, shapes_with
+from natrain.models.weights.recognise import check_variant, has_plan, recognise, shapes_in, shapes_with, windows_of
 
 
 @dataclass(frozen=True)
@@ -240,18 +240,25 @@ def _check(
     ] + [f"{name} is not in the model" for name in dropped]
     if not wrong:
         return
-    sizes = weights.model_args.get("kernel_size")
-    fix = f"another {argument}"
-    if all(".rpb" in line or "relative_position_index" in line for line in wrong):
-        fix = (
-            f"model.args.kernel_size={sizes}"
-            if sizes is not None
-            else f"model {weights.model_name} without another kernel_size or img_size"
-        )
     more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
     raise invalid(
         argument,
         weights.source,
-        f"weights of the same kernel sizes as the model ({weights.model_name}): {'; '.join(wrong[:6])}{more}",
-        fix,
+        f"weights of the model's own shapes ({weights.model_name}): {'; '.join(wrong[:6])}{more}",
+        _fix(own, weights, wrong, argument),
+    )
+
+
+def _fix(own: Mapping[str, Tensor], weights: Weights, wrong: list[str], argument: str) -> str:
+    """What to type where only the windows differ: surgery, or the file's own windows."""
+    if not all(line.split()[0].endswith((".rpb", ".relative_position_index")) for line in wrong):
+        return f"another {argument}, or the model.args that the file was trained with"
+    given = windows_of(weights.state)
+    if any(name.endswith(".relative_position_index") for name in own):
+        return f"model.args.img_size={[16 * side for side in given[0]]}"
+    wanted, had = ([height for height, _ in sizes] for sizes in (windows_of(own), given))
+    wanted, had = (sizes[0] if len(set(sizes)) == 1 else str(sizes).replace(" ", "") for sizes in (wanted, had))
+    return (
+        f"natrain surgery {weights.source} OUT.safetensors kernel_size={wanted}, or model.args.kernel_size={had} "
+        "for the file's own windows"
     )

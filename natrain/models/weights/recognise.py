@@ -126,32 +126,35 @@ def _arguments(state: Mapping[str, Tensor], own: Shapes, variant: str) -> dict[s
     classes = state["head.weight"].shape[0] if "head.weight" in state else 0
     if classes != own.get("head.weight", (0,))[0]:
         args["num_classes"] = classes
-    biases = {name: tuple(state[name].shape) for name in own if name.endswith(".rpb")}
-    if any(shape != own[name] for name, shape in biases.items()):
-        args |= _sizes(biases, is_global=any(name.endswith("relative_position_index") for name in own), variant=variant)
+    biases = [name for name in own if name.endswith(".rpb")]
+    if any(tuple(state[name].shape) != own[name] for name in biases):
+        sizes = windows_of(state)
+        if any(name.endswith("relative_position_index") for name in own):
+            args["img_size"] = [16 * side for side in sizes[0]]
+        elif any(height != width for height, width in sizes):
+            raise invalid("checkpoint", variant, f"square kernel sizes; the biases have {sizes}", "another checkpoint")
+        else:
+            kernels = [height for height, _ in sizes]
+            args["kernel_size"] = kernels[0] if len(set(kernels)) == 1 else kernels
     return args
 
 
-def _sizes(biases: Mapping[str, tuple[int, ...]], is_global: bool, variant: str) -> dict[str, Any]:
-    """The kernel size of every stage, or the image size of global attention, from the biases' shapes."""
-    stages: dict[str, set[tuple[int, ...]]] = {}
-    for name, shape in biases.items():
-        is_staged = ".blocks." in name
-        stages.setdefault(name.split(".")[1] if is_staged else "", set()).add(
-            tuple((size + 1) // 2 for size in shape[1:])
-        )
-    if any(len(sizes) > 1 or (not is_global and len(set(next(iter(sizes)))) > 1) for sizes in stages.values()):
-        raise invalid(
-            "checkpoint",
-            variant,
-            f"one square kernel size per stage; the biases have {sorted(set(biases.values()))}",
-            "another checkpoint",
-        )
-    sizes = [next(iter(sizes)) for sizes in stages.values()]
-    if is_global:
-        return {"img_size": [16 * side for side in sizes[0]]}
-    kernels = [height for height, _ in sizes]
-    return {"kernel_size": kernels[0] if len(set(kernels)) == 1 else kernels}
+def windows_of(state: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Height and width of the windows of every stage (one entry of an isotropic model), from the biases' shapes.
+
+    Raises:
+        ValueError: blocks of one stage differ.
+    """
+    stages: dict[str, set[tuple[int, int]]] = {}
+    for name, tensor in state.items():
+        if name.endswith(".rpb"):
+            _, rows, columns = tensor.shape
+            stage = name.split(".")[1] if ".blocks." in name else ""
+            stages.setdefault(stage, set()).add(((rows + 1) // 2, (columns + 1) // 2))
+    if any(len(sizes) > 1 for sizes in stages.values()):
+        listed = {stage: sorted(sizes) for stage, sizes in stages.items()}
+        raise invalid("checkpoint", listed, "one kernel size per stage", "another checkpoint")
+    return [next(iter(stages[stage])) for stage in sorted(stages)]
 
 
 def named_in(text: str) -> str | None:
