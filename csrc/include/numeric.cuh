@@ -80,6 +80,15 @@ struct Word<16> {
   using type = uint4;
 };
 
+// Two 16-bit values out of the word that holds them; spelt on words, since the compiler splits the word first otherwise.
+__device__ __forceinline__ void widen_pair(unsigned word, bfloat16*, float& low, float& high) {
+  low = __uint_as_float(word << 16);
+  high = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void widen_pair(unsigned word, float16*, float& low, float& high) {
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(word));
+}
+
 // N values moved by one instruction; `from` and `to` must be aligned to N * sizeof(T) bytes, at most 16.
 template <int N, class T, bool READ_ONLY = true>
 __device__ __forceinline__ void load(const T* from, typename Accumulator<T>::type (&to)[N]) {
@@ -87,10 +96,16 @@ __device__ __forceinline__ void load(const T* from, typename Accumulator<T>::typ
   union {
     W word;
     T values[N];
+    unsigned words[sizeof(W) < 4 ? 1 : sizeof(W) / 4];
   } access;
   access.word = READ_ONLY ? __ldg(reinterpret_cast<const W*>(from)) : *reinterpret_cast<const W*>(from);
+  if constexpr (sizeof(T) == 2 && N > 1) {
 #pragma unroll
-  for (int i = 0; i < N; ++i) to[i] = widen(access.values[i]);
+    for (int i = 0; i < N / 2; ++i) widen_pair(access.words[i], (T*)nullptr, to[2 * i], to[2 * i + 1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) to[i] = widen(access.values[i]);
+  }
 }
 
 // Of memory that this kernel also writes, which the read-only path must not see.

@@ -1,15 +1,14 @@
-// partial[chunk, head, entry] = sum of weights over a chunk of batch and tokens by relative position: one thread an entry
-// of the bias table gathers its weights, so that no atomics are needed and runs repeat bit by bit. Adjacent threads read
-// adjacent slots; the batch is the inner loop, so that the window arithmetic is shared by the whole batch.
+// partial[chunk, head, entry] = sum of weights over a chunk of tokens by relative position: one thread an entry of the bias
+// table gathers its weights, so that no atomics are needed and runs repeat bit by bit. Adjacent threads read adjacent
+// slots. The batch has been summed up before.
 #include "problem.cuh"
 
 using namespace natrain;
 
 struct Arguments {
-  Geometry geometry;  // tile: unused
-  // How many images, token rows (z, y) and columns (x) a block takes, and how many such chunks there are.
-  int batch_chunk, row_chunk, column_chunk;
-  int batch_chunks, row_chunks, column_chunks;
+  Geometry geometry;               // tiles, head_tile and batch are not used
+  int row_chunk, column_chunk;     // token rows (z, y) and columns (x) that a block takes
+  int row_chunks, column_chunks;
   const Element* weights;
   Acc* partial;
   Layout weights_at;
@@ -39,12 +38,10 @@ extern "C" __global__ void __launch_bounds__(256) natrain_naive_rpb_grad(const _
   const int offset[3] = {entry / (ENTRIES_X * ENTRIES_Y) - (kernel_size(0) - 1),
                          entry / ENTRIES_X % ENTRIES_Y - (kernel_size(1) - 1), entry % ENTRIES_X - (kernel_size(2) - 1)};
   const int column_first = chunk % args.column_chunks * args.column_chunk;
-  const int row_first = chunk / args.column_chunks % args.row_chunks * args.row_chunk;
-  const int image_first = chunk / args.column_chunks / args.row_chunks * args.batch_chunk;
+  const int row_first = chunk / args.column_chunks * args.row_chunk;
   const int column_end = min(column_first + args.column_chunk, g.length[2]);
   const int row_end = min(row_first + args.row_chunk, g.length[0] * g.length[1]);
-  const int images = min(args.batch_chunk, g.batch - image_first);
-  const Element* weights = args.weights + (image_first * args.weights_at.batch + head * args.weights_at.head);
+  const Element* weights = args.weights + head * args.weights_at.head;
 
   const auto slot_of = [&](int axis, int token) {
     const int d = g.dilation[axis], group = token % d;
@@ -58,12 +55,10 @@ extern "C" __global__ void __launch_bounds__(256) natrain_naive_rpb_grad(const _
     if (slot_z < 0 || slot_y < 0) continue;
     const Element* weights_row = weights + (z * args.weights_at.token[0] + y * args.weights_at.token[1] +
                                             (slot_z * kernel_size(1) + slot_y) * kernel_size(2));
+#pragma unroll 4
     for (int x = column_first; x < column_end; ++x) {
       const int slot_x = slot_of(2, x);
-      if (slot_x < 0) continue;
-      const Element* weight = weights_row + (x * args.weights_at.token[2] + slot_x);
-#pragma unroll 8
-      for (int image = 0; image < images; ++image) sum += widen(weight[image * args.weights_at.batch]);
+      sum += slot_x < 0 ? Acc(0) : widen(weights_row[x * args.weights_at.token[2] + slot_x]);
     }
   }
   args.partial[(chunk * (long long)g.heads + head) * ENTRIES + entry] = sum;

@@ -51,7 +51,7 @@ def layer_table(
     with_rpb: Sequence[bool] = (False,),
     runs: int = 20,
 ) -> dict[str, float]:
-    """Measure every layer, print and write one row each, and return {kernel: geometric mean of the peer's time / ours}."""
+    """Measure every layer, print and write one row each; {kernel: geometric mean of the peer's time over ours}."""
     bandwidth = copy_bytes_per_s()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     ratios = defaultdict(list)

@@ -64,7 +64,7 @@ class CudaKernel:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         stream = torch._C._cuda_getCurrentRawStream(device)
         launch = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
-        with nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device):
+        with nullcontext() if device == torch._C._cuda_getDevice() else torch.cuda.device(device):
             status = _cuda().cuLaunchKernel(*launch)
             if status == _NO_CONTEXT:
                 _bind_context(device)

@@ -17,7 +17,7 @@ from torch import Tensor
 from natrain.ops.problem import Window
 
 ACCESS_BYTES = 16  # the widest access of one thread
-MAX_THREADS = 256  # a block; small enough that several share a multiprocessor whatever their registers
+MAX_THREADS = 128  # a block; small, so that many share a multiprocessor whatever their registers
 _LINE_BYTES = 128
 
 
@@ -75,14 +75,14 @@ def offset_type(*layouts: Layout) -> str:
     return "int" if all(layout.span < 2**31 for layout in layouts) else "long long"
 
 
-def lanes_of_row(head_dim: int, width: int, most: int = 8) -> int:
-    """Threads that share one row of ``head_dim``: a power of two, one vector each while there are few vectors."""
-    return min(most, 1 << max(0, math.ceil(math.log2(head_dim / width))))
+def lanes_of_row(head_dim: int, width: int, vectors: int = 1, most: int = 8) -> int:
+    """Threads that share one row of ``head_dim``: a power of two, at most so that each has ``vectors`` accesses."""
+    return min(most, 1 << max(0, math.ceil(math.log2(head_dim / (width * vectors)))))
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """How a launch covers a problem: ``tile`` positions of one dilation group and ``head_tile`` heads a block."""
+    """How a launch covers a problem: ``tile`` units of one dilation group times ``head_tile`` heads a block."""
 
     tile: tuple[int, int, int]
     tiles: tuple[int, int, int]
@@ -100,27 +100,29 @@ def choose_tiling(
     heads: int,
     row_bytes: int,
     lanes: int,
+    positions: int,
 ) -> Tiling:
     """The tiling that reads the fewest bytes for the work it does.
 
-    A block's units (one query or key of one head, ``lanes`` threads each) share the keys of the tile's halo through the
-    first-level cache. Candidates are all tiles that divide a group into equal parts; the score is the share of idle
-    threads times the halo's size over the tile's, which is what the second-level cache must deliver.
+    The units of a block (``positions`` queries or keys along x of one head, ``lanes`` threads) share the keys of the
+    tile's halo through the first-level cache. Candidates are all tiles that divide a group into equal parts; the score
+    is the share of idle threads times the halo's size over the tile's, which the second-level cache must deliver.
     """
     units = MAX_THREADS // lanes
     head_tile = min(heads, max(1, _LINE_BYTES // row_bytes), units)
-    positions = max(1, units // head_tile)
-    groups = [-(-length // d) for length, d in zip(spatial, dilation, strict=True)]
+    most = max(1, units // head_tile)
+    wide = (1, 1, positions)
+    groups = [-(-length // (d * w)) for length, d, w in zip(spatial, dilation, wide, strict=True)]
     candidates = [sorted({-(-n // parts) for parts in range(1, n + 1)}) for n in groups]
     best = None
     for tile in itertools.product(*candidates):
         size = math.prod(tile)
-        if size > positions:
+        if size > most:
             continue
         tiles = tuple(-(-n // t) for n, t in zip(groups, tile, strict=True))
         threads = -(-size * head_tile * lanes // 32) * 32
         covered = threads * math.prod(tiles) / (math.prod(groups) * head_tile * lanes)
-        halo = math.prod(t + k - 1 for t, k in zip(tile, kernel_size, strict=True)) / size
+        halo = math.prod(t * w + k - 1 for t, k, w in zip(tile, kernel_size, wide, strict=True)) / (size * positions)
         # A block's fixed cost is about that of 64 threads; a halo element costs a tenth of a unit's own work.
         score = covered * (1 + 64 / threads) * (1 + 0.1 * halo)
         if best is None or score < best[0]:
@@ -132,24 +134,17 @@ def choose_tiling(
     return Tiling(tile, tiles, head_tile, head_tiles, threads, blocks)
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """Images, token rows and columns that a block of the bias gradient sums up, and how many such chunks there are."""
-
-    size: tuple[int, int, int]
-    count: tuple[int, int, int]
-
-
 @functools.lru_cache(maxsize=4096)
-def choose_chunks(batch: int, rows: int, columns: int, blocks_per_chunk: int) -> Chunks:
-    """Chunks that fill a large GPU a few times; token rows are cut first, since the batch shares window arithmetic."""
+def choose_chunks(rows: int, columns: int, blocks_per_chunk: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many token rows and columns a block of the bias gradient takes, and how many such chunks there are.
+
+    Chunks that fill a large GPU a few times; columns are cut last, since a row of tokens lies together in memory.
+    """
     wanted = max(1, 2048 // blocks_per_chunk)
-    row_count = min(rows, wanted)
-    column_count = min(columns, -(-wanted // row_count))
-    batch_count = min(batch, -(-wanted // (row_count * column_count)))
-    size = tuple(-(-n // c) for n, c in ((batch, batch_count), (rows, row_count), (columns, column_count)))
-    count = tuple(-(-n // s) for n, s in zip((batch, rows, columns), size, strict=True))
-    return Chunks(size, count)
+    row_size = -(-rows // min(rows, wanted))
+    row_count = -(-rows // row_size)
+    column_size = -(-columns // min(columns, -(-wanted // row_count)))
+    return (row_size, column_size), (row_count, -(-columns // column_size))
 
 
 def window_defines(window: Window) -> dict[str, object]:

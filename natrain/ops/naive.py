@@ -7,7 +7,10 @@ Attention weights are stored in q's dtype, their rows padded to 16 bytes inside 
 from __future__ import annotations
 
 import functools
+import math
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel
 from natrain.ops.dropout import drop_threshold
 from natrain.ops.geometry import (
+    ACCESS_BYTES,
     MAX_THREADS,
     Layout,
     access_width,
@@ -32,6 +36,13 @@ from natrain.ops.geometry import (
 from natrain.ops.problem import Problem, Window
 from natrain.ops.reference import accumulate_dtype
 from natrain.ops.registry import Limits, UnfusedAttentionKernel, register
+
+# Accesses that a thread makes for one row of q, k or v: more of them share the arithmetic of an address.
+VECTORS_PER_LANE = 1
+# Adjacent queries, or keys, that a thread works on at once: most of what one reads the other reads too.
+POSITIONS = 2
+# Blocks that must fit a multiprocessor: bounds the registers of a thread.
+MIN_BLOCKS = 4
 
 _DTYPES = {
     torch.float64: "double",
@@ -51,8 +62,8 @@ def problem_defines(
     window: Window,
     head_dim: int,
     vector: int,
-    weight_vector: int,
     lanes: int,
+    positions: int,
     offset: str,
     has_rpb: bool,
 ) -> dict[str, object]:
@@ -62,18 +73,47 @@ def problem_defines(
         **window_defines(window),
         "NATRAIN_HEAD_DIM": head_dim,
         "NATRAIN_VECTOR": vector,
-        "NATRAIN_WEIGHT_VECTOR": weight_vector,
         "NATRAIN_LANES": lanes,
+        "NATRAIN_POSITIONS": positions,
         "NATRAIN_OFFSET": offset,
         "NATRAIN_HAS_RPB": int(has_rpb),
+        "NATRAIN_THREADS": MAX_THREADS,
+        "NATRAIN_MIN_BLOCKS": MIN_BLOCKS,
     }
+
+
+def build_specs(problem: Problem, arch: str) -> list[BuildSpec]:
+    """What forward and backward of ``problem`` on aligned tensors need compiled for ``arch``; no GPU is asked."""
+    window, dtype = problem.window, problem.dtype
+    shape = (problem.batch, *problem.spatial, problem.heads, problem.head_dim)
+    row = torch.empty(shape, dtype=dtype, device="meta")
+    vector = access_width(problem.head_dim, row)
+    positions = _positions(problem.spatial, window)
+    # A packed projection's image spans three times as much as a tensor of its own.
+    span = 3 * Layout.of(row).span
+    weights_span = problem.num_tokens * problem.heads * weights_pitch(window.num_neighbors, dtype)
+    offset = "int" if max(span, weights_span) < 2**31 else "long long"
+    lanes = lanes_of_row(problem.head_dim, vector, VECTORS_PER_LANE)
+    constants = (dtype, window, problem.head_dim, vector, lanes, positions, offset)
+    wanted = [("qk", problem_defines(*constants, problem.has_rpb))]
+    wanted += [(primitive, problem_defines(*constants, False)) for primitive in ("qk", "av", "inverse")]
+    if problem.has_rpb:
+        acc = accumulate_dtype(dtype) if problem.batch > 1 else dtype
+        wanted.append(("rpb_grad", problem_defines(acc, window, 1, 1, 1, 1, offset, False)))
+    rows = row_defines(dtype, window.num_neighbors, weights_pitch(window.num_neighbors, dtype))[0]
+    wanted += [(primitive, rows) for primitive in ("softmax", "softmax_grad", "dropout")]
+    return list({spec.key(): spec for spec in (kernel_spec(*item, arch) for item in wanted)}.values())
+
+
+def _positions(spatial: Sequence[int], window: Window) -> int:
+    return POSITIONS if spatial[-1] > window.dilation[-1] else 1
 
 
 def row_defines(dtype: torch.dtype, num_neighbors: int, pitch: int) -> tuple[dict[str, object], int]:
     """The constants of csrc/naive/weight_rows.cuh, and how many threads share a row."""
     vector = weights_pitch(1, dtype)
     # Two vectors a lane keep more bytes in flight than one, and waste fewer lanes of a short row.
-    lanes = lanes_of_row(-(-pitch // (2 * vector)), 1, most=32)
+    lanes = lanes_of_row(pitch, vector, 2, most=32)
     defines = {
         "NATRAIN_DTYPE": _DTYPES[dtype],
         "NATRAIN_NEIGHBORS": num_neighbors,
@@ -99,14 +139,45 @@ def _load(primitive: str, defines: dict[str, object], device: int) -> CudaKernel
     return cuda.load(f"naive/{primitive}.cu", f"natrain_naive_{primitive}", defines, device)
 
 
-def _run_rows(primitive: str, weights: Tensor, num_neighbors: int, form: str, *arguments) -> None:
+@dataclass(frozen=True)
+class _Plan:
+    """A launch but for its scalars and addresses, which go between ``head`` and ``tail``."""
+
+    kernel: CudaKernel
+    grid: int
+    threads: int
+    middle: struct.Struct
+    head: bytes = b""
+    tail: bytes = b""
+
+    def launch(self, device: int, *middle: float) -> None:
+        self.kernel.launch(self.grid, self.threads, self.head + self.middle.pack(*middle) + self.tail, device)
+
+
+# Keyed by all that a plan depends on; emptied when shapes keep changing.
+_plans: dict[tuple, _Plan] = {}
+_MOST_PLANS = 4096
+
+
+def _remember(key: tuple, plan: _Plan) -> _Plan:
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _run_rows(primitive: str, weights: Tensor, num_neighbors: int, form: str, *arguments: float) -> None:
     """Launch a kernel on every row of padded ``weights`` [.., P]; its struct begins with the number of rows."""
-    rows = weights.numel() // weights.shape[-1]
-    if not rows:
-        return
-    kernel, lanes = _row_kernel(primitive, weights.get_device(), weights.dtype, num_neighbors, weights.shape[-1])
-    grid = -(-rows * lanes // MAX_THREADS)
-    kernel.launch(grid, MAX_THREADS, struct.pack("q" + form, rows, *arguments), weights.get_device())
+    device = weights.get_device()
+    key = (primitive, weights.shape, weights.dtype, num_neighbors, device)
+    plan = _plans.get(key) or _remember(key, _plan_rows(primitive, weights, num_neighbors, form))
+    plan.launch(device, *arguments)
+
+
+def _plan_rows(primitive: str, weights: Tensor, num_neighbors: int, form: str) -> _Plan:
+    rows, pitch = weights.numel() // weights.shape[-1], weights.shape[-1]
+    kernel, lanes = _row_kernel(primitive, weights.get_device(), weights.dtype, num_neighbors, pitch)
+    return _Plan(kernel, -(-rows * lanes // MAX_THREADS), MAX_THREADS, struct.Struct(form), struct.pack("q", rows))
 
 
 def _run(
@@ -128,33 +199,48 @@ def _run(
     """
     if not row.numel():
         return
-    head_dim, heads = row.shape[-1], row.shape[-2]
-    rows = [x for x in tensors if x is not weights]
-    vector = access_width(head_dim, *rows)
-    weight_vector = access_width(weights.shape[-1], weights)
-    lanes = lanes_of_row(head_dim, vector)
-    layouts = [Layout.of(x) for x in tensors]
     device = row.get_device()
+    addresses = [x.data_ptr() for x in tensors]
+    key = (primitive, window, row.shape, row.dtype, weights.shape[-1], rpb is None, device)
+    key += tuple(x.stride() for x in tensors) + tuple(address % ACCESS_BYTES for address in addresses)
+    plan = _plans.get(key) or _remember(key, _plan(primitive, window, weights, row, tensors, rpb is not None))
+    if primitive == "qk":
+        addresses.insert(2, 0 if rpb is None else rpb.data_ptr())
+    plan.launch(device, *scalars, *addresses)
+
+
+def _plan(
+    primitive: str, window: Window, weights: Tensor, row: Tensor, tensors: tuple[Tensor, ...], has_rpb: bool
+) -> _Plan:
+    batch, *axes, heads, head_dim = row.shape
+    vector = access_width(head_dim, *(x for x in tensors if x is not weights))
+    lanes = lanes_of_row(head_dim, vector, VECTORS_PER_LANE)
+    layouts = [Layout.of(x) for x in tensors]
+    spatial, dilation = three_axes(axes, 1), three_axes(window.dilation, 1)
+    positions = _positions(axes, window)
     kernel = _problem_kernel(
-        primitive, device, row.dtype, window, head_dim, vector, weight_vector, lanes, offset_type(*layouts),
-        rpb is not None,
-    )  # fmt: skip
-    spatial, dilation = three_axes(row.shape[1:-2], 1), three_axes(window.dilation, 1)
-    tiling = choose_tiling(
-        spatial, dilation, three_axes(window.kernel_size, 1), heads, head_dim * row.element_size(), lanes
+        primitive,
+        row.get_device(),
+        row.dtype,
+        window,
+        head_dim,
+        vector,
+        lanes,
+        positions,
+        offset_type(*layouts),
+        has_rpb,
     )
-    pointers = [x.data_ptr() for x in tensors]
-    if primitive == "qk":
-        pointers.insert(2, 0 if rpb is None else rpb.data_ptr())
-    numbers = [number for layout in layouts for number in layout.packed]
-    if primitive == "qk":
-        numbers.append(weights.shape[-1])
-    arguments = struct.pack(
-        f"16i{len(scalars)}d{len(pointers)}Q{len(numbers)}q",
-        *spatial, *dilation, *tiling.tile, *tiling.tiles, heads, tiling.head_tile, tiling.head_tiles, row.shape[0],
-        *scalars, *pointers, *numbers,
+    row_bytes = head_dim * row.element_size()
+    tiling = choose_tiling(spatial, dilation, three_axes(window.kernel_size, 1), heads, row_bytes, lanes, positions)
+    head = struct.pack(
+        "16i",
+        *spatial, *dilation, *tiling.tile, *tiling.tiles, heads, tiling.head_tile, tiling.head_tiles, batch,
     )  # fmt: skip
-    kernel.launch(row.shape[0] * tiling.blocks_per_image, tiling.threads, arguments, device)
+    numbers = [number for layout in layouts for number in layout.packed]
+    numbers += [weights.shape[-1]] if primitive == "qk" else []
+    middle = struct.Struct("2d4Q" if primitive == "qk" else "d3Q")
+    tail = struct.pack(f"{len(numbers)}q", *numbers)
+    return _Plan(kernel, batch * tiling.blocks_per_image, tiling.threads, middle, head, tail)
 
 
 def _qk(window: Window, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, fill: float, scores: Tensor) -> None:
@@ -165,28 +251,40 @@ def _qk(window: Window, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, 
 
 def _rpb_grad(window: Window, weights: Tensor) -> Tensor:
     """[N, 2k-1, ...] in the accumulator's dtype; ``weights`` [B, *S, N, K or P]."""
-    batch, *spatial, heads, _ = weights.shape
+    shape = (weights.shape[-2], *window.rpb_shape)
     acc = accumulate_dtype(weights.dtype)
-    shape = (heads, *window.rpb_shape)
-    entries = Tensor.numel(torch.empty(window.rpb_shape, device="meta"))
     if not weights.numel():
-        return torch.zeros(shape, dtype=acc, device=weights.device)
+        return weights.new_zeros(shape, dtype=acc)
+    if weights.shape[0] > 1:
+        weights = weights.sum(0, keepdim=True, dtype=acc)
+    device = weights.get_device()
+    key = ("rpb_grad", window, weights.shape, weights.stride(), weights.dtype, device)
+    plan = _plans.get(key) or _remember(key, _plan_rpb_grad(window, weights))
+    chunks = plan.grid * plan.threads // (shape[0] * _threads_of_entries(window))
+    partial = weights.new_empty(chunks, *shape, dtype=acc)
+    plan.launch(device, weights.data_ptr(), partial.data_ptr())
+    return partial.sum(0)
+
+
+def _threads_of_entries(window: Window) -> int:
+    """Threads that cover a head's table of bias entries once, in blocks of equal size."""
+    warps = -(-math.prod(window.rpb_shape) // 32)
+    return -(-warps // -(-warps * 32 // MAX_THREADS)) * 32 * -(-warps * 32 // MAX_THREADS)
+
+
+def _plan_rpb_grad(window: Window, weights: Tensor) -> _Plan:
+    _, *axes, heads, _ = weights.shape
     layout, device = Layout.of(weights), weights.get_device()
     kernel = _problem_kernel("rpb_grad", device, weights.dtype, window, 1, 1, 1, 1, offset_type(layout), False)
-    z, y, x = three_axes(spatial, 1)
-    warps = -(-entries // 32)
-    entry_blocks = -(-warps * 32 // MAX_THREADS)
-    threads = -(-warps // entry_blocks) * 32
-    chunks = choose_chunks(batch, z * y, x, heads * entry_blocks)
-    count = chunks.count[0] * chunks.count[1] * chunks.count[2]
-    partial = torch.empty(count, *shape, dtype=acc, device=weights.device)
-    arguments = struct.pack(
-        "16i6i2Q5q",
-        z, y, x, *three_axes(window.dilation, 1), 1, 1, 1, 1, 1, 1, heads, 1, 1, batch,
-        *chunks.size, *chunks.count, weights.data_ptr(), partial.data_ptr(), *layout.packed,
-    )  # fmt: skip
-    kernel.launch(count * heads * entry_blocks, threads, arguments, device)
-    return partial.sum(0)
+    z, y, x = three_axes(axes, 1)
+    blocks = -(-_threads_of_entries(window) // MAX_THREADS)
+    size, count = choose_chunks(z * y, x, heads * blocks)
+    head = struct.pack(
+        "16i4i", z, y, x, *three_axes(window.dilation, 1), 1, 1, 1, 1, 1, 1, heads, 1, 1, 1, *size, *count
+    )
+    grid = math.prod(count) * heads * blocks
+    threads = _threads_of_entries(window) // blocks
+    return _Plan(kernel, grid, threads, struct.Struct("2Q"), head, struct.pack("5q", *layout.packed))
 
 
 class NaiveKernel(UnfusedAttentionKernel):

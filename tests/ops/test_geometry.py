@@ -22,19 +22,19 @@ from natrain.ops.geometry import (
 
 
 @pytest.mark.parametrize(
-    "spatial, dilation, kernel_size, heads, row_bytes, lanes",
+    "spatial, dilation, kernel_size, heads, row_bytes, lanes, wide",
     [
-        ((1, 56, 56), (1, 1, 1), (1, 7, 7), 2, 64, 4),
-        ((1, 56, 56), (1, 8, 8), (1, 7, 7), 2, 64, 4),
-        ((1, 7, 7), (1, 1, 1), (1, 7, 7), 16, 128, 8),
-        ((1, 1, 4099), (1, 1, 3), (1, 1, 127), 1, 2, 1),
-        ((5, 7, 11), (2, 1, 3), (2, 7, 3), 3, 600, 8),
-        ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1, 4, 1),
+        ((1, 56, 56), (1, 1, 1), (1, 7, 7), 2, 64, 4, 2),
+        ((1, 56, 56), (1, 8, 8), (1, 7, 7), 2, 64, 4, 2),
+        ((1, 7, 7), (1, 1, 1), (1, 7, 7), 16, 128, 8, 2),
+        ((1, 1, 4099), (1, 1, 3), (1, 1, 127), 1, 2, 1, 2),
+        ((5, 7, 11), (2, 1, 3), (2, 7, 3), 3, 600, 8, 2),
+        ((1, 1, 1), (1, 1, 1), (1, 1, 1), 1, 4, 1, 1),
     ],
 )
-def test_every_token_and_head_lies_in_exactly_one_block(spatial, dilation, kernel_size, heads, row_bytes, lanes):
+def test_every_token_and_head_lies_in_exactly_one_block(spatial, dilation, kernel_size, heads, row_bytes, lanes, wide):
     """Walks blocks and units as csrc/naive/problem.cuh does, in plain integers."""
-    tiling = choose_tiling(spatial, dilation, kernel_size, heads, row_bytes, lanes)
+    tiling = choose_tiling(spatial, dilation, kernel_size, heads, row_bytes, lanes, wide)
     assert tiling.threads <= MAX_THREADS and tiling.threads % 32 == 0
     seen = set()
     for block in range(tiling.blocks_per_image):
@@ -48,7 +48,8 @@ def test_every_token_and_head_lies_in_exactly_one_block(spatial, dilation, kerne
         axes = []
         for axis in range(3):
             group, tile = places[axis]
-            positions = range(tile * tiling.tile[axis], (tile + 1) * tiling.tile[axis])
+            width = tiling.tile[axis] * (wide if axis == 2 else 1)
+            positions = range(tile * width, (tile + 1) * width)
             axes.append([p * dilation[axis] + group for p in positions if p * dilation[axis] + group < spatial[axis]])
         units = math.prod(tiling.tile) * tiling.head_tile
         assert units * lanes <= tiling.threads
@@ -59,12 +60,10 @@ def test_every_token_and_head_lies_in_exactly_one_block(spatial, dilation, kerne
     assert len(seen) == math.prod(spatial) * heads
 
 
-@pytest.mark.parametrize(
-    "batch, rows, columns, blocks", [(128, 56, 56, 2), (1, 1, 4096, 8), (3, 5, 7, 1), (1, 1, 1, 99)]
-)
-def test_chunks_cover_everything_once(batch, rows, columns, blocks):
-    chunks = choose_chunks(batch, rows, columns, blocks)
-    for total, size, count in zip((batch, rows, columns), chunks.size, chunks.count, strict=True):
+@pytest.mark.parametrize("rows, columns, blocks", [(56, 56, 2), (1, 4096, 8), (5, 7, 1), (1, 1, 99), (5000, 64, 3)])
+def test_chunks_cover_everything_once(rows, columns, blocks):
+    sizes, counts = choose_chunks(rows, columns, blocks)
+    for total, size, count in zip((rows, columns), sizes, counts, strict=True):
         assert size * (count - 1) < total <= size * count
 
 
