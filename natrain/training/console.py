@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,11 @@ def logging_to(path: Path | None) -> Iterator[None]:
     for other in others:
         other.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            # Lightning 2.6 against newer torch; nothing a user can change.
+            warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`")
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match")
+            yield
     finally:
         root.setLevel(level)
         for other, old in zip(others, levels, strict=True):

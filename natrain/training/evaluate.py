@@ -11,6 +11,7 @@ from torch import nn
 
 from natrain.data import build_datamodule
 from natrain.errors import invalid
+from natrain.models.registry import pretrained_source
 from natrain.training.build import is_ours
 from natrain.training.checkpoint import LoadedModel, load_for_inference, open_checkpoint, shorten
 from natrain.training.console import logging_to
@@ -20,13 +21,14 @@ from natrain.training.run import PRECISION
 from natrain.training.score import cut, score
 from natrain.training.validate import check_values
 
-VAL_BATCH = 64  # images per device and forward pass where data.val_batch is null
+VAL_BATCH = 128  # images per device and forward pass where data.val_batch is null
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Score raw and averaged weights on the validation images, each image exactly once.
 
-    The model, its classes and its preprocessing come out of ``checkpoint``; what ``data`` sets wins over the latter.
+    The model, its classes and its preprocessing come out of ``checkpoint``, or out of the published weights where
+    ``model.args.pretrained`` asks for them; what ``data`` sets wins over the preprocessing.
 
     Returns:
         ``top1``, ``top5`` (percent), ``loss``, ``images``; ``ema_*`` where there are averaged weights; ``checkpoint``.
@@ -34,6 +36,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: a checkpoint that is missing or cannot be used, or whose classes are not those of the data.
     """
+    if cfg.checkpoint is None and cfg.model.args.get("pretrained") and is_ours(cfg.model.name):
+        cfg = OmegaConf.merge(cfg, {"checkpoint": pretrained_source(cfg.model.name)})
     if cfg.checkpoint is None:
         raise invalid("checkpoint", None, "a checkpoint file", "checkpoint=runs/NAME/checkpoints/best.ckpt")
     check_values(cfg)
@@ -59,9 +63,7 @@ def _evaluate(cfg: DictConfig) -> dict[str, Any]:
     )
     fabric.launch()
     models, loaded = _models(cfg)
-    data = build_datamodule(
-        cfg.data, cfg.augment, input=loaded.input, micro_batch=cfg.data.val_batch or VAL_BATCH, seed=cfg.seed
-    )
+    data = build_datamodule(cfg.data, cfg.augment, input=loaded.input, micro_batch=VAL_BATCH // 2, seed=cfg.seed)
     found = list(data.class_names)
     _check_classes(loaded.class_names if loaded.is_named else found[: len(loaded.class_names)], found)
     for model in models.values():

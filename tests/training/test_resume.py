@@ -160,3 +160,16 @@ def test_sigterm_leaves_cleanly_and_resumes(make_config: MakeConfig) -> None:
     assert "stopped by SIGTERM" in output and "Traceback" not in output
     finish(start(cfg))
     assert last(cfg)["global_step"] == 9
+
+
+@pytest.mark.slow
+def test_sigterm_stops_two_processes_at_the_same_step(make_config: MakeConfig) -> None:
+    changes = {"trainer.devices": 2, "trainer.log_every_steps": 1, "schedule.epochs": 50, "resume": "auto"}
+    cfg = make_config({**changes, "global_batch": 60})
+    process = start(cfg)
+    wait_for(lambda: steps_in(cfg) >= 25, process)  # in the second epoch of 23 steps
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 143, output
+    assert output.count("stopped by SIGTERM") == 1, output
+    assert last(cfg)["global_step"] == 23
