@@ -85,51 +85,43 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
   Real* keys = scratch.keys.reserve(box.natural_count());
   Real* d_keys = scratch.d_keys.reserve(box.natural_count());
   Real* d_values = scratch.d_values.reserve(box.natural_count());
-  uint8_t* is_unsafe = scratch.is_unsafe.reserve(box.rows());
-  std::fill(is_unsafe, is_unsafe + box.rows(), uint8_t(0));
-  pack<E>(plan, unit, box, a.k, keys, keys_t, is_unsafe, block);
-  pack<E>(plan, unit, box, a.v, nullptr, values_t, is_unsafe, block);
-  // A query's row that is not finite would reach, times 0, keys that its tile holds and its window does not.
-  {
-    int query_first[3], query_end[3];
-    for (int axis = 0; axis < 3; ++axis) {
-      query_first[axis] = unit.axes[axis]->tiles[tiles[axis]].query;
-      query_end[axis] = unit.axes[axis]->tiles[tiles_end[axis] - 1].query_end;
-    }
-    for (int z = query_first[0]; z < query_end[0]; ++z) {
-      for (int y = query_first[1]; y < query_end[1]; ++y) {
-        Vector check = {};
-        for (int x = query_first[2]; x < query_end[2]; ++x) {
-          for (const TensorArgument* t : {&a.q, &a.d_out}) {
-            read_row(static_cast<const E*>(t->data) + unit.offset(a, *t, z, y, x), box.dims, Real(1), block);
-            for (int d = 0; d < lanes; d += LANES) check += load(block + d) * Real(0);
-          }
-        }
-        if (!(sum_lanes(check) == 0) && z < box.first[0] + box.size[0] && y < box.first[1] + box.size[1]) {
-          is_unsafe[box.row(z, y)] = 1;
-        }
-      }
-    }
-  }
-  std::fill(d_keys, d_keys + box.natural_count(), Real(0));
-  std::fill(d_values, d_values + box.natural_count(), Real(0));
-
-  const BiasTable table(plan);
   Real* rows = scratch.rows.reserve(row_queries(unit, tiles, tiles_end) * lanes);
   Real* d_outs = scratch.d_outs.reserve(row_queries(unit, tiles, tiles_end) * lanes);
   Real* d_q = scratch.results.reserve(QUERY_BLOCK * lanes);
-  const auto begin = [&](const Span& z, const Span& y) {
-    gather_queries<E>(plan, unit, a.q, z, y, tiles[2], tiles_end[2], Real(a.scale), rows);
-    gather_queries<E>(plan, unit, a.d_out, z, y, tiles[2], tiles_end[2], Real(1), d_outs);
+  const BiasTable table(plan);
+
+  const auto pack = [&](int z, int y) {
+    const int row = box.row(z, y);
+    const int64_t natural = box.natural(row), transposed = box.transposed(row), count = int64_t(box.width) * lanes;
+    std::fill(d_keys + natural, d_keys + natural + count, Real(0));
+    std::fill(d_values + natural, d_values + natural + count, Real(0));
+    const bool keys_finite = pack_row<E>(plan, unit, box, a.k, z, y, keys + natural, keys_t + transposed, block);
+    return pack_row<E>(plan, unit, box, a.v, z, y, nullptr, values_t + transposed, block) && keys_finite;
   };
-  over_tiles(plan, unit, box, is_unsafe, tiles, tiles_end, begin, [&](const Tile& tile, int before) {
+  const auto leave = [&](int z, int y) {
+    const int at[3] = {z, y, 0};
+    if (cut < 2 && (at[cut] < own_first[cut] || at[cut] >= own_end[cut])) return;
+    for (int x = own_first[2]; x < own_end[2]; ++x) {
+      const int64_t from = box.natural(box.row(z, y)) + int64_t(x - box.first[2]) * lanes;
+      write_row(static_cast<E*>(a.d_k.data) + unit.offset(a, a.d_k, z, y, x), box.dims, Real(1), d_keys + from);
+      write_row(static_cast<E*>(a.d_v.data) + unit.offset(a, a.d_v, z, y, x), box.dims, Real(1), d_values + from);
+    }
+  };
+  RowRing<decltype(pack), decltype(leave)> ring(plan, box, scratch, pack, leave);
+  const auto begin = [&](const Span& z, const Span& y) {
+    // A query that is not finite would reach, times 0, keys that its tile holds and its window does not.
+    const bool q = gather_queries<E>(plan, unit, a.q, z, y, tiles[2], tiles_end[2], Real(a.scale), rows);
+    const bool d = gather_queries<E>(plan, unit, a.d_out, z, y, tiles[2], tiles_end[2], Real(1), d_outs);
+    return ring.advance(z, y) && q && d;
+  };
+  TileRows tile_rows;
+  const auto new_rows = [&](const Tile& tile) { tile_rows = TileRows(shape, tile, box, scratch); };
+  over_tiles(plan, unit, tiles, tiles_end, begin, new_rows, [&](const Tile& tile, int before) {
     const bool is_own = tile.span[cut].query >= own_first[cut] && tile.span[cut].query < own_end[cut];
     const int vectors = tile.lanes / LANES, queries = tile.queries();
-    const Real** key_columns = scratch.columns.reserve(4 * vectors);
-    const Real** value_columns = key_columns + 2 * vectors;
-    find_columns(shape, tile, box, keys_t, key_columns);
-    find_columns(shape, tile, box, values_t, value_columns);
-    const KeyRows key_rows = find_rows(shape, tile, box, scratch);
+    const int64_t shift = tile.span[2].key - box.first[2];
+    KeyRows key_rows = tile_rows.keys;
+    key_rows.width = tile.span[2].keys();
     Real* scores = scratch.scores.reserve(int64_t(3) * QUERY_BLOCK * tile.lanes);
     Real* products = scores + int64_t(QUERY_BLOCK) * tile.lanes;
     Real* dropped = a.has_dropout ? products + int64_t(QUERY_BLOCK) * tile.lanes : scores;
@@ -140,8 +132,10 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
       for (int i = 0; i < count; ++i) tile.position(from + i, at[i]);
       const Real* q = rows + int64_t(before + from) * lanes;
       const Real* d_out = d_outs + int64_t(before + from) * lanes;
-      score<PAIRED>(count, q, lanes, box.dims, key_columns, box.column_pitch, vectors, scores, tile.lanes);
-      score<PAIRED>(count, d_out, lanes, box.dims, value_columns, box.column_pitch, vectors, products, tile.lanes);
+      score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, scores,
+                    tile.lanes);
+      score<PAIRED>(count, d_out, lanes, box.dims, values_t + shift, tile_rows.columns, box.column_pitch, vectors,
+                    products, tile.lanes);
       for (int i = 0; i < count; ++i) {
         const auto [z, y, x] = at[i];
         const LaneWindow window = tile.window(unit, at[i]);
@@ -161,26 +155,18 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
         }
       }
       if (is_own) {
-        weigh(count, products, tile.lanes, key_rows, keys, d_q);
+        weigh(count, products, tile.lanes, key_rows, keys + shift * lanes, d_q);
         for (int i = 0; i < count; ++i) {
           const int64_t offset = unit.offset(a, a.d_q, at[i][0], at[i][1], at[i][2]);
           write_row(static_cast<E*>(a.d_q.data) + offset, box.dims, Real(a.scale), d_q + i * lanes);
         }
       }
-      scatter(count, products, tile.lanes, key_rows, q, d_keys);
-      scatter(count, dropped, tile.lanes, key_rows, d_out, d_values);
+      scatter(count, products, tile.lanes, key_rows, q, d_keys + shift * lanes);
+      scatter(count, dropped, tile.lanes, key_rows, d_out, d_values + shift * lanes);
     }
   });
 
-  for (int z = own_first[0]; z < own_end[0]; ++z) {
-    for (int y = own_first[1]; y < own_end[1]; ++y) {
-      for (int x = own_first[2]; x < own_end[2]; ++x) {
-        const int64_t from = box.natural(box.row(z, y)) + int64_t(x - box.first[2]) * lanes;
-        write_row(static_cast<E*>(a.d_k.data) + unit.offset(a, a.d_k, z, y, x), box.dims, Real(1), d_keys + from);
-        write_row(static_cast<E*>(a.d_v.data) + unit.offset(a, a.d_v, z, y, x), box.dims, Real(1), d_values + from);
-      }
-    }
-  }
+  ring.leave_until(box.end[ring.axis()]);
 }
 
 template <class E, bool PAIRED>

@@ -48,22 +48,29 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
   Real* block = scratch.block.reserve(LANES * lanes);
   Real* keys_t = scratch.keys_t.reserve(box.transposed_count(shape.row_lanes));
   Real* values = scratch.values.reserve(box.natural_count());
-  uint8_t* is_unsafe = scratch.is_unsafe.reserve(box.rows());
-  std::fill(is_unsafe, is_unsafe + box.rows(), uint8_t(0));
-  pack<E>(plan, unit, box, a.k, nullptr, keys_t, is_unsafe, block);
-  pack<E>(plan, unit, box, a.v, values, nullptr, is_unsafe, block);
-
-  const BiasTable table(plan);
   Real* rows = scratch.rows.reserve(row_queries(unit, unit.tiles, unit.tiles_end) * lanes);
   Real* out = scratch.results.reserve(QUERY_BLOCK * lanes);
+  const BiasTable table(plan);
+
+  const auto pack = [&](int z, int y) {
+    const int row = box.row(z, y);
+    const bool keys_finite =
+        pack_row<E>(plan, unit, box, a.k, z, y, nullptr, keys_t + box.transposed(row), block);
+    return pack_row<E>(plan, unit, box, a.v, z, y, values + box.natural(row), nullptr, block) && keys_finite;
+  };
+  const auto leave = [](int, int) {};
+  RowRing<decltype(pack), decltype(leave)> ring(plan, box, scratch, pack, leave);
   const auto begin = [&](const Span& z, const Span& y) {
     gather_queries<E>(plan, unit, a.q, z, y, unit.tiles[2], unit.tiles_end[2], Real(a.scale), rows);
+    return ring.advance(z, y);
   };
-  over_tiles(plan, unit, box, is_unsafe, unit.tiles, unit.tiles_end, begin, [&](const Tile& tile, int before) {
+  TileRows tile_rows;
+  const auto new_rows = [&](const Tile& tile) { tile_rows = TileRows(shape, tile, box, scratch); };
+  over_tiles(plan, unit, unit.tiles, unit.tiles_end, begin, new_rows, [&](const Tile& tile, int before) {
     const int vectors = tile.lanes / LANES, queries = tile.queries();
-    const Real** columns = scratch.columns.reserve(2 * vectors);
-    find_columns(shape, tile, box, keys_t, columns);
-    const KeyRows keys = find_rows(shape, tile, box, scratch);
+    const int64_t shift = tile.span[2].key - box.first[2];
+    KeyRows keys = tile_rows.keys;
+    keys.width = tile.span[2].keys();
     Real* scores = scratch.scores.reserve(int64_t(QUERY_BLOCK) * tile.lanes);
     const int blocks = (queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
     for (int b = 0; b < blocks; ++b) {
@@ -71,7 +78,8 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
       int at[QUERY_BLOCK][3];
       for (int i = 0; i < count; ++i) tile.position(from + i, at[i]);
       const Real* q = rows + int64_t(before + from) * lanes;
-      score<PAIRED>(count, q, lanes, box.dims, columns, box.column_pitch, vectors, scores, tile.lanes);
+      score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, scores,
+                    tile.lanes);
       Real sum[QUERY_BLOCK], most[QUERY_BLOCK];
       for (int i = 0; i < count; ++i) {
         const Real* bias = a.rpb ? scratch.bias.data() + table.origin(plan, tile, at[i]) : nullptr;
@@ -81,7 +89,7 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
         softmax<PAIRED>(plan, tile, tile.window(unit, at[i]), table, bias, a.has_dropout ? &dropout : nullptr,
                         scores + int64_t(i) * tile.lanes, sum[i], most[i]);
       }
-      weigh(count, scores, tile.lanes, keys, values, out);
+      weigh(count, scores, tile.lanes, keys, values + shift * lanes, out);
       for (int i = 0; i < count; ++i) {
         const int64_t out_at = unit.offset(a, a.out, at[i][0], at[i][1], at[i][2]);
         write_row(static_cast<E*>(a.out.data) + out_at, box.dims, Real(a.keep_scale) / sum[i], out + i * lanes);

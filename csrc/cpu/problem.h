@@ -156,13 +156,13 @@ struct Plan {
   }
 
   // Cuts of a group along slab_axis: a function of the problem alone, so that no result depends on the threads. Enough
-  // for many cores where images and heads are few; none that is shorter than two windows, since neighbouring slabs
-  // compute what lies between them twice in backward; and a packed slab stays within the second-level cache's reach.
+  // for many cores where images and heads are few, none shorter than two windows, since neighbouring slabs compute what
+  // lies between them twice in backward. A sequence is also cut so that its packed keys stay in the second-level cache.
   int count_slabs() const {
-    constexpr int64_t enough_units = 32, most_bytes = int64_t(2) << 20;
+    constexpr int64_t enough_units = 32, most_bytes = 128 << 10;
     const int64_t units = a.batch * a.heads * groups;
     const AxisPlan& cut = axes[a.slab_axis][0];
-    const int64_t bytes = int64_t(axes[0][0].n) * axes[1][0].n * axes[2][0].n * dim_lanes * sizeof(Real);
+    const int64_t bytes = a.slab_axis == 2 ? int64_t(cut.n) * dim_lanes * sizeof(Real) : 0;
     const int64_t wanted = std::max((enough_units + units - 1) / units, bytes / most_bytes);
     const int64_t most = std::max<int64_t>(1, cut.n / (2 * a.kernel_size[a.slab_axis]));
     return int(std::min<int64_t>({wanted, most, int64_t(cut.tiles.size())}));

@@ -18,18 +18,20 @@ inline void with_count(int count, F&& f) {
   f(std::integral_constant<int, MOST>());
 }
 
-// scores[Q][lanes] = rows[Q][D] . columns, where lane vector v of component d is columns[v] + d * pitch; in pairs its
-// halves are columns[2 v] and columns[2 v + 1].
+// scores[Q][lanes] = rows[Q][D] . keys, where vector v of component d lies at transposed + columns[v] + d * pitch; in pairs
+// its halves are those of columns[2 v] and columns[2 v + 1].
 template <int Q, int KEYS, bool PAIRED>
-inline void score_vectors(const Real* rows, int row_pitch, int dims, const Real* const* columns, int64_t pitch,
-                          Real* scores, int score_pitch) {
+inline void score_vectors(const Real* rows, int row_pitch, int dims, const Real* transposed, const int64_t* columns,
+                          int64_t pitch, Real* scores, int score_pitch) {
+  const Real* column[PAIRED ? 2 * KEYS : KEYS];
+  for (int v = 0; v < (PAIRED ? 2 * KEYS : KEYS); ++v) column[v] = transposed + columns[v];
   Vector sum[Q][KEYS] = {};
   for (int d = 0; d < dims; ++d) {
     const int64_t at = d * pitch;
     Vector key[KEYS];
 #pragma GCC unroll 4
     for (int v = 0; v < KEYS; ++v) {
-      key[v] = PAIRED ? load_pair(columns[2 * v] + at, columns[2 * v + 1] + at) : load(columns[v] + at);
+      key[v] = PAIRED ? load_pair(column[2 * v] + at, column[2 * v + 1] + at) : load(column[v] + at);
     }
 #pragma GCC unroll 6
     for (int q = 0; q < Q; ++q) {
@@ -46,12 +48,12 @@ inline void score_vectors(const Real* rows, int row_pitch, int dims, const Real*
 }
 
 template <bool PAIRED>
-inline void score(int queries, const Real* rows, int row_pitch, int dims, const Real* const* columns, int64_t pitch,
-                  int vectors, Real* scores, int score_pitch) {
+inline void score(int queries, const Real* rows, int row_pitch, int dims, const Real* transposed,
+                  const int64_t* columns, int64_t pitch, int vectors, Real* scores, int score_pitch) {
   with_count<QUERY_BLOCK>(queries, [&](auto q) {
     int v = 0;
     const auto step = [&](auto keys) {
-      score_vectors<q(), keys(), PAIRED>(rows, row_pitch, dims, columns + (PAIRED ? 2 : 1) * v, pitch,
+      score_vectors<q(), keys(), PAIRED>(rows, row_pitch, dims, transposed, columns + (PAIRED ? 2 : 1) * v, pitch,
                                          scores + v * LANES, score_pitch);
       v += keys();
     };
@@ -60,8 +62,8 @@ inline void score(int queries, const Real* rows, int row_pitch, int dims, const 
   });
 }
 
-// The keys of a tile: `count` rows of `width` adjacent keys; key x of row r is lane lane[r] + x of the scores and row
-// first[r] + x * pitch of the packed keys, values, or their gradients.
+// The keys of a tile: `count` rows of `width` adjacent keys; key x of row r is lane lane[r] + x of the scores and starts at
+// first[r] + x * pitch in the packed keys, values, or their gradients.
 struct KeyRows {
   int count, width, pitch;
   const int* lane;

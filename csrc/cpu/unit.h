@@ -33,68 +33,71 @@ class Buffer {
   int64_t capacity_ = 0;
 };
 
-// Where the keys [first, end) per axis lie in packed buffers. Rows run along x.
+// Where the keys [first, end) per axis lie in packed buffers. Rows run along x. Along the axis that a unit walks, z or y,
+// only as many positions are kept as the tiles at one position see: the buffers are rings that stay in the second-level
+// cache, whatever the size of the image.
 struct PackedBox {
-  int first[3], size[3];
-  int dims, dim_lanes;
+  int first[3], end[3], kept[3];
+  int width, dims, dim_lanes;
   int64_t column_pitch;  // of transposed rows: from one component of head_dim to the next
 
-  PackedBox(const Plan& plan, const int (&from)[3], const int (&to)[3]) {
-    for (int axis = 0; axis < 3; ++axis) first[axis] = from[axis], size[axis] = to[axis] - from[axis];
+  PackedBox(const Plan& plan, const int (&from)[3], const int (&to)[3]) : width(to[2] - from[2]) {
+    for (int axis = 0; axis < 3; ++axis) {
+      first[axis] = from[axis], end[axis] = to[axis];
+      kept[axis] = to[axis] - from[axis];
+      if (axis == plan.a.slab_axis && axis < 2) kept[axis] = std::min(kept[axis], plan.shape.most_keys[axis]);
+    }
     dims = plan.a.head_dim;
     dim_lanes = plan.dim_lanes;
     // An odd number of vectors, so that the components of a key do not fall into the same few cache sets.
-    column_pitch = round_up(size[2], LANES);
+    column_pitch = round_up(width, LANES);
     if (column_pitch / LANES % 2 == 0) column_pitch += LANES;
   }
 
-  int rows() const { return size[0] * size[1]; }
-  int row(int z, int y) const { return (z - first[0]) * size[1] + (y - first[1]); }
+  int rows() const { return kept[0] * kept[1]; }
+  int row(int z, int y) const { return (z - first[0]) % kept[0] * kept[1] + (y - first[1]) % kept[1]; }
   // A block of keys may be read past the last.
-  int64_t natural_count() const { return (int64_t(rows()) * size[2] + LANES) * dim_lanes; }
+  int64_t natural_count() const { return (int64_t(rows()) * width + LANES) * dim_lanes; }
   // The last row may be read past its end by a tile's unused lanes.
   int64_t transposed_count(int row_lanes) const { return int64_t(rows()) * dims * column_pitch + row_lanes + LANES; }
-  int64_t natural(int row) const { return int64_t(row) * size[2] * dim_lanes; }
+  int64_t natural(int row) const { return int64_t(row) * width * dim_lanes; }
   int64_t transposed(int row) const { return int64_t(row) * dims * column_pitch; }
 };
 
-// Copies a tensor's keys into `natural` [rows][x][D] and / or `transposed` [rows][D][x]; a row that holds inf or NaN is
-// marked, for 0 * inf would carry it to queries that do not attend to it. `block` has room for LANES keys.
+// Copies the keys of row (z, y) into `natural` [x][D] and / or `transposed` [D][x] and says whether they are finite:
+// 0 * inf would carry what is not to queries that do not attend to it. `block` has room for LANES keys.
 template <class E>
-inline void pack(const Plan& plan, const Unit& unit, const PackedBox& box, const TensorArgument& tensor, Real* natural,
-                 Real* transposed, uint8_t* is_unsafe, Real* block) {
+inline bool pack_row(const Plan& plan, const Unit& unit, const PackedBox& box, const TensorArgument& tensor, int z, int y,
+                     Real* natural, Real* transposed, Real* block) {
   const int dims = box.dims, lanes = box.dim_lanes;
   const int64_t step = tensor.token[2] * plan.a.dilation[2];
-  for (int row = 0; row < box.rows(); ++row) {
-    const int z = box.first[0] + row / box.size[1], y = box.first[1] + row % box.size[1];
-    const E* from = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, z, y, box.first[2]);
-    Vector check = {};
-    for (int x = 0; x < box.size[2]; x += LANES) {
-      const int count = std::min(LANES, box.size[2] - x);
-      Real* to = natural ? natural + box.natural(row) + int64_t(x) * lanes : block;
-      for (int i = 0; i < count; ++i, from += step) {
-        prefetch_row(from + 16 * step, dims);
-        read_row(from, dims, Real(1), to + i * lanes);
-        for (int d = 0; d < lanes; d += LANES) check += load(to + i * lanes + d) * Real(0);
-      }
-      if (!transposed) continue;
-      for (int d = 0; d < lanes; d += LANES) {
-        // A short block transposes what follows it too, into columns that nobody uses.
-        Vector rows[LANES];
+  const E* from = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, z, y, box.first[2]);
+  Vector check = {};
+  for (int x = 0; x < box.width; x += LANES) {
+    const int count = std::min(LANES, box.width - x);
+    Real* to = natural ? natural + int64_t(x) * lanes : block;
+    for (int i = 0; i < count; ++i, from += step) {
+      prefetch_row(from + 16 * step, dims);
+      read_row(from, dims, Real(1), to + i * lanes);
+      for (int d = 0; d < lanes; d += LANES) check += load(to + i * lanes + d) * Real(0);
+    }
+    if (!transposed) continue;
+    for (int d = 0; d < lanes; d += LANES) {
+      // A short block transposes what follows it too, into columns that nobody uses.
+      Vector rows[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) rows[i] = load(to + i * lanes + d);
-        transpose(rows);
-        Real* out = transposed + box.transposed(row) + d * box.column_pitch + x;
-        if (d + LANES <= dims) {
+      for (int i = 0; i < LANES; ++i) rows[i] = load(to + i * lanes + d);
+      transpose(rows);
+      Real* out = transposed + d * box.column_pitch + x;
+      if (d + LANES <= dims) {
 #pragma GCC unroll 16
-          for (int i = 0; i < LANES; ++i) store(out + i * box.column_pitch, rows[i]);
-        } else {
-          for (int i = 0; i < dims - d; ++i) store(out + i * box.column_pitch, rows[i]);
-        }
+        for (int i = 0; i < LANES; ++i) store(out + i * box.column_pitch, rows[i]);
+      } else {
+        for (int i = 0; i < dims - d; ++i) store(out + i * box.column_pitch, rows[i]);
       }
     }
-    is_unsafe[row] |= !(sum_lanes(check) == 0);
   }
+  return sum_lanes(check) == 0;
 }
 
 // A query's window as lanes and rows of its tile.
@@ -229,77 +232,77 @@ inline int64_t row_queries(const Unit& unit, const int (&from)[3], const int (&t
 struct Scratch {
   Buffer<Real> keys_t, values_t, keys, values, d_keys, d_values, bias, d_bias, block, rows, d_outs, results, scores;
   Buffer<uint8_t> is_unsafe;
-  Buffer<const Real*> columns;
+  Buffer<int64_t> key_column, row_first;
   Buffer<int> row_lane;
-  Buffer<int64_t> row_first;
 };
 
-// Fills `columns` for every vector (or half) of the tile's scores out of `transposed`.
-inline void find_columns(const TileShape& shape, const Tile& tile, const PackedBox& box, const Real* transposed,
-                         const Real** columns) {
-  for (int z = 0; z < tile.span[0].keys(); ++z) {
-    for (int y = 0; y < tile.rows_y; ++y) {
-      const int row = box.row(tile.span[0].key + z, std::min(tile.span[1].key + y, tile.span[1].key_end - 1));
-      const Real* first = transposed + box.transposed(row) + (tile.span[2].key - box.first[2]);
-      const int step = shape.is_paired ? shape.row_lanes : LANES;
-      for (int x = 0; x < shape.row_lanes; x += step) *columns++ = first + x;
-    }
-  }
-}
+// Where the keys of a tile's rows lie, for tiles at x = box.first: elsewhere everything moves by a constant.
+struct TileRows {
+  const int64_t* columns;  // in transposed buffers, of every vector of the scores (in pairs: of every half)
+  KeyRows keys;            // in natural buffers
 
-inline KeyRows find_rows(const TileShape& shape, const Tile& tile, const PackedBox& box, Scratch& scratch) {
-  const int count = tile.span[0].keys() * tile.span[1].keys();
-  int* lane = scratch.row_lane.reserve(count);
-  int64_t* first = scratch.row_first.reserve(count);
-  int r = 0;
-  for (int z = 0; z < tile.span[0].keys(); ++z) {
-    for (int y = 0; y < tile.span[1].keys(); ++y, ++r) {
-      lane[r] = (z * tile.rows_y + y) * shape.row_lanes;
-      first[r] = box.natural(box.row(tile.span[0].key + z, tile.span[1].key + y)) +
-                 int64_t(tile.span[2].key - box.first[2]) * box.dim_lanes;
+  TileRows() = default;
+  TileRows(const TileShape& shape, const Tile& tile, const PackedBox& box, Scratch& scratch) {
+    const Span &z = tile.span[0], &y = tile.span[1];
+    const int count = z.keys() * y.keys(), step = shape.is_paired ? shape.row_lanes : LANES;
+    int64_t* column = scratch.key_column.reserve(int64_t(z.keys()) * tile.rows_y * (shape.row_lanes / step));
+    int64_t* first = scratch.row_first.reserve(count);
+    int* lane = scratch.row_lane.reserve(count);
+    columns = column;
+    keys = {count, 0, box.dim_lanes, lane, first};
+    for (int kz = 0; kz < z.keys(); ++kz) {
+      for (int ky = 0; ky < tile.rows_y; ++ky) {
+        const int row = box.row(z.key + kz, std::min(y.key + ky, y.key_end - 1));
+        for (int x = 0; x < shape.row_lanes; x += step) *column++ = box.transposed(row) + x;
+        if (ky >= y.keys()) continue;
+        *lane++ = (kz * tile.rows_y + ky) * shape.row_lanes;
+        *first++ = box.natural(row);
+      }
     }
   }
-  return {count, tile.span[2].keys(), box.dim_lanes, lane, first};
-}
+};
 
 // Copies the queries of the tiles [from, to) along x, scaled, in the order in which the tiles go over them. Reading them
-// well before they are used hides the memory's latency: tokens lie too far apart for the processor to foresee.
+// well before they are used hides the memory's latency: tokens lie too far apart for the processor to foresee. Returns
+// whether all are finite.
 template <class E>
-inline void gather_queries(const Plan& plan, const Unit& unit, const TensorArgument& tensor, const Span& z,
+inline bool gather_queries(const Plan& plan, const Unit& unit, const TensorArgument& tensor, const Span& z,
                            const Span& y, int from, int to, Real factor, Real* rows) {
   const int64_t step = tensor.token[2] * plan.a.dilation[2];
+  const int lanes = plan.dim_lanes;
+  Vector check = {};
   for (int tx = from; tx < to; ++tx) {
     const Span& x = unit.axes[2]->tiles[tx];
     for (int qz = z.query; qz < z.query_end; ++qz) {
       for (int qy = y.query; qy < y.query_end; ++qy) {
         const E* row = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, qz, qy, x.query);
-        for (int qx = x.query; qx < x.query_end; ++qx, row += step, rows += plan.dim_lanes) {
+        for (int qx = x.query; qx < x.query_end; ++qx, row += step, rows += lanes) {
           prefetch_row(row + 16 * step, plan.a.head_dim);
           read_row(row, plan.a.head_dim, factor, rows);
+          for (int d = 0; d < lanes; d += LANES) check += load(rows + d) * Real(0);
         }
       }
     }
   }
+  return sum_lanes(check) == 0;
 }
 
-// Runs begin(z, y) for every row of tiles [from, to) of a unit, then f(tile, queries of the row before it). A tile that sees an unsafe row is cut into single queries, whose keys
-// are exactly their own window.
-template <class Begin, class F>
-inline void over_tiles(const Plan& plan, const Unit& unit, const PackedBox& box, const uint8_t* is_unsafe,
-                       const int (&from)[3], const int (&to)[3], Begin&& begin, F&& f) {
+// Walks the tiles [from, to) of a unit: for every row of tiles along x, begin(z, y) says whether all that they read is
+// finite; then new_rows(tile) before tiles on new rows of keys, and f(tile, queries of this row of tiles before it). Tiles
+// that read what is not finite are cut into single queries, whose keys are exactly their own window.
+template <class Begin, class NewRows, class F>
+inline void over_tiles(const Plan& plan, const Unit& unit, const int (&from)[3], const int (&to)[3], Begin&& begin,
+                       NewRows&& new_rows, F&& f) {
   const auto& axes = unit.axes;
   for (int tz = from[0]; tz < to[0]; ++tz) {
     for (int ty = from[1]; ty < to[1]; ++ty) {
       const Span &z = axes[0]->tiles[tz], &y = axes[1]->tiles[ty];
-      bool is_safe = true;
-      for (int kz = z.key; kz < z.key_end; ++kz) {
-        for (int ky = y.key; ky < y.key_end; ++ky) is_safe = is_safe && !is_unsafe[box.row(kz, ky)];
-      }
-      begin(z, y);
+      const bool is_finite = begin(z, y);
+      if (is_finite) new_rows(Tile(plan.shape, z, y, axes[2]->tiles[from[2]]));
       int before = 0;
       for (int tx = from[2]; tx < to[2]; ++tx) {
         const Span& x = axes[2]->tiles[tx];
-        if (is_safe) {
+        if (is_finite) {
           f(Tile(plan.shape, z, y, x), before);
           before += z.queries() * y.queries() * x.queries();
           continue;
@@ -307,8 +310,10 @@ inline void over_tiles(const Plan& plan, const Unit& unit, const PackedBox& box,
         for (int qz = z.query; qz < z.query_end; ++qz) {
           for (int qy = y.query; qy < y.query_end; ++qy) {
             for (int qx = x.query; qx < x.query_end; ++qx) {
-              f(Tile(plan.shape, axes[0]->span(qz, qz + 1), axes[1]->span(qy, qy + 1), axes[2]->span(qx, qx + 1)),
-                before++);
+              const Tile one(plan.shape, axes[0]->span(qz, qz + 1), axes[1]->span(qy, qy + 1),
+                             axes[2]->span(qx, qx + 1));
+              new_rows(one);
+              f(one, before++);
             }
           }
         }
@@ -316,5 +321,49 @@ inline void over_tiles(const Plan& plan, const Unit& unit, const PackedBox& box,
     }
   }
 }
+
+// The rows of keys of one unit as the walk needs them: pack(z, y) -> is finite once a row before the first tile that sees
+// it, leave(z, y) after the last.
+template <class Pack, class Leave>
+struct RowRing {
+  const Plan& plan;
+  const PackedBox& box;
+  uint8_t* is_unsafe;
+  Pack pack;
+  Leave leave;
+  int packed, left;  // positions along the walked axis
+
+  RowRing(const Plan& p, const PackedBox& b, Scratch& scratch, Pack pack_row, Leave leave_row)
+      : plan(p), box(b), is_unsafe(scratch.is_unsafe.reserve(b.rows())), pack(pack_row), leave(leave_row) {
+    packed = left = box.first[axis()];
+  }
+
+  // x is never walked: then everything is one step along y, which has length 1.
+  int axis() const { return std::min<int>(plan.a.slab_axis, 1); }
+
+  template <class F>
+  void each_row(int position, F&& f) {
+    if (axis() == 1) return f(0, position);
+    for (int y = box.first[1]; y < box.end[1]; ++y) f(position, y);
+  }
+
+  void leave_until(int position) {
+    for (; left < position; ++left) each_row(left, leave);
+  }
+
+  // Returns whether all rows that tiles at (z, y) see are finite.
+  bool advance(const Span& z, const Span& y) {
+    const Span& here = axis() == 0 ? z : y;
+    leave_until(here.key);
+    for (; packed < here.key_end; ++packed) {
+      each_row(packed, [&](int pz, int py) { is_unsafe[box.row(pz, py)] = !pack(pz, py); });
+    }
+    bool is_finite = true;
+    for (int kz = z.key; kz < z.key_end; ++kz) {
+      for (int ky = y.key; ky < y.key_end; ++ky) is_finite = is_finite && !is_unsafe[box.row(kz, ky)];
+    }
+    return is_finite;
+  }
+};
 
 }  // namespace natrain
