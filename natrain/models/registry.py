@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from torch import nn
 
@@ -76,12 +76,27 @@ def build(
 
 def _with_local_file(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The overlay that makes timm load a file on this machine through ``Backbone.load_pretrained``."""
-    from natrain.models.weights.fetch import HUB, locate
+    from natrain.models.weights.fetch import locate
 
     overlay = dict(kwargs.get("pretrained_cfg_overlay") or {})
     cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), overlay)
     if cfg.state_dict:
         return overlay
+    file = locate(_source_of(cfg, variant), "pretrained")
+    return {**overlay, "file": str(file), "custom_load": True, "source": None}
+
+
+def pretrained_source(name: str) -> str:
+    """Where the weights of a variant (and tag) come from: a path, an address, or ``hf-hub:NAME``.
+
+    Raises:
+        ValueError: none are published.
+    """
+    variant, _, tag = name.partition(".")
+    return _source_of(resolve_pretrained_cfg(variant, tag or None), variant)
+
+
+def _source_of(cfg: PretrainedCfg, variant: str) -> str:
     if not cfg.has_weights:
         raise invalid(
             "pretrained",
@@ -89,8 +104,7 @@ def _with_local_file(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             f"False, as no weights are published for {variant}, or True with a local file",
             "pretrained=False, or pretrained_cfg_overlay={'file': 'PATH of a checkpoint'}",
         )
-    source = cfg.file or cfg.url or HUB + cfg.hf_hub_id
-    return {**overlay, "file": str(locate(source, "pretrained")), "custom_load": True, "source": None}
+    return cfg.file or cfg.url or f"hf-hub:{cfg.hf_hub_id}"
 
 
 def default_input(name: str) -> dict[str, Any]:
