@@ -7,6 +7,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SHIPPED = ("csrc", "configs")
+EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 
 class BuildWithSources(build_py):
@@ -49,8 +50,17 @@ setup(
     ],
     extras_require={
         "digits": ["scikit-learn>=1.4"],
+        "export": EXPORT,
         "tensorboard": ["tensorboard>=2.14"],
-        "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "scikit-learn>=1.4", "tensorboard>=2.14", "setuptools>=69"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "hypothesis>=6.100",
+            "scikit-learn>=1.4",
+            "tensorboard>=2.14",
+            "setuptools>=69",
+            *EXPORT,
+        ],
         "dev": ["ruff>=0.8", "build"],
     },
     entry_points={"console_scripts": ["natrain = natrain.cli:main"]},

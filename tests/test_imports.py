@@ -16,7 +16,7 @@ ROOMS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"data", "bench", "compat"},
+    {"data", "bench", "compat", "export"},
     {"training"},
     {"cli"},
 ]

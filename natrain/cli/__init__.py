@@ -19,6 +19,7 @@ COMMANDS = {
     "eval": ("evaluate", "accuracy of a checkpoint: natrain eval checkpoint=FILE"),
     "predict": ("predict", "classes of images: natrain predict IMAGE... --checkpoint FILE --topk 5"),
     "import": ("import_", "checkpoints of other code: natrain import CHECKPOINT --out model.safetensors"),
+    "export": ("export", "models for other programs: natrain export --checkpoint FILE --to onnx --out model.onnx"),
     "surgery": ("surgery", "weights for another size: natrain surgery IN OUT kernel_size=11 img_size=384"),
     "models": ("models", "models, their parameters and input sizes: natrain models 'dinat*'"),
     "kernels": ("kernels", "attention kernels and what each can do"),
