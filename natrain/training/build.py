@@ -83,22 +83,55 @@ def build_model(
     return model
 
 
-def load_initial_weights(model: nn.Module, path: str) -> list[str]:
+def load_initial_weights(
+    model: nn.Module,
+    path: str,
+    *,
+    class_names: Sequence[str] | None = None,
+    head: str = "auto",
+    head_init_scale: float = 1.0,
+    surgery: bool = False,
+) -> list[str]:
     """Start ``model`` from the weights in ``path``; only those of the classifier may be of another size.
 
     Args:
         model: of natrain: ``path`` may be anything that ``natrain.models.weights.load_weights`` takes. Of timm: a file
             with the model's own names.
         path: the checkpoint.
+        class_names: of the data; None where they do not matter.
+        head: ``auto``: the classifier starts anew where the file names other classes or another number of them;
+            ``new``: in any case; ``keep``: never.
+        head_init_scale: of a classifier that starts anew; see ``natrain.training.finetune.start_head``.
+        surgery: interpolate the relative position biases of other kernel sizes; otherwise they are an error.
 
     Returns:
-        The names that keep their random start, because the file lacks them or has another number of classes.
+        The names that start anew: those that the file lacks, and the classifier's.
 
     Raises:
-        ValueError: the file holds another model.
+        ValueError: the file holds another model, or other classes with ``head="keep"``.
     """
+    fresh, stored = _load(model, path, surgery)
+    names = {id(parameter) for layer in classifier_of(model) for parameter in layer.parameters()}
+    classifier = [name for name, parameter in model.named_parameters() if id(parameter) in names]
+    renamed = None not in (stored, class_names) and list(stored) != list(class_names)
+    other = renamed or any(name in fresh for name in classifier)
+    if other and head == "keep":
+        raise invalid(
+            "finetune.head", "keep", f"auto or new: {path} has other classes than the data", "finetune.head=auto"
+        )
+    if classifier and (other or head == "new"):
+        start_head(model, head_init_scale)
+        fresh = [*fresh, *(name for name in classifier if name not in fresh)]
+    return fresh
+
+
+def _load(model: nn.Module, path: str, surgery: bool) -> tuple[list[str], list[str] | None]:
+    """Copy what fits; the names that were not copied, and the classes that the file names."""
     if isinstance(model, Backbone):
-        return load_into(model, load_weights(path, model=model.pretrained_cfg["architecture"], like=model))
+        weights = load_weights(path, model=model.pretrained_cfg["architecture"], like=model)
+        if surgery:
+            weights = replace(weights, state=resize_biases(weights.state, model))
+        return load_into(model, weights), weights.class_names
     checkpoint = read_checkpoint(path)
     state = model_state(checkpoint, "best")
     own = model.state_dict()
@@ -109,7 +142,7 @@ def load_initial_weights(model: nn.Module, path: str) -> list[str]:
     for key in fresh:
         state[key] = own[key]
     load_state(model, state, argument="checkpoint", path=path, says=says(checkpoint))
-    return fresh
+    return fresh, checkpoint.get("hyper_parameters", {}).get("class_names")
 
 
 def _classifier(model: nn.Module) -> tuple[str, ...]:

@@ -48,6 +48,9 @@ def create_optimizer(model: nn.Module, optim: Mapping, lr: float, *, fused: bool
         arguments["betas"] = tuple(optim["betas"])
     if fused and optim["name"] == "adamw":
         arguments["fused"] = True
-    return timm.optim.create_optimizer_v2(
-        model, opt=optim["name"], lr=lr, weight_decay=optim["weight_decay"], eps=optim["eps"], **arguments
-    )
+    # Grouped as for some decay even where there is none: a run resumed with another decay finds the same groups.
+    exempt = getattr(model, "no_weight_decay", set)()
+    groups = timm.optim.param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=exempt)
+    for group in groups:
+        group["weight_decay"] *= optim["weight_decay"]
+    return timm.optim.create_optimizer_v2(groups, opt=optim["name"], lr=lr, eps=optim["eps"], **arguments)

@@ -82,7 +82,15 @@ class ClassificationTask(lightning.LightningModule):
         is_fused = self.device.type == "cuda" and self.cfg.precision != "fp16"
         optimizer = create_optimizer(self.model, self.cfg.optim, self.plan.lr, fused=is_fused)
         self.schedule = create_schedule(optimizer, self.cfg.schedule, self.plan.steps_per_epoch)
+        self._group_settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         return optimizer
+
+    def on_train_start(self) -> None:
+        # A restored optimiser brings the settings of its old run along; the configuration is what counts.
+        for group, settings in zip(self.optimizers().param_groups, self._group_settings, strict=True):
+            group.update(settings)
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer, optimizer_closure: Callable | None = None

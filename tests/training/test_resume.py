@@ -113,6 +113,9 @@ def test_best_is_not_reset(make_config: MakeConfig) -> None:
     cfg.optim.lr = 30.0
     cfg.optim.weight_decay = 0.0
     result = train(cfg)
+    # What changed since the checkpoint counts, not what the restored optimiser remembers.
+    groups = last(cfg)["optimizer_states"][0]["param_groups"]
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(30.0, 0.0)] * 2
     assert best.read_bytes() == before
     assert result.top1 < last(cfg)["best"]["top1"]
 
