@@ -204,7 +204,7 @@ def load_into(model: nn.Module, weights: Weights, argument: str = "checkpoint") 
             del state[name]
     stem = next(name for name in own if name.startswith("patch_embed.proj") and name.endswith("weight"))
     if state[stem].shape[1] != own[stem].shape[1]:
-        state[stem] = adapt_input_conv(own[stem].shape[1], state[stem])
+        state[stem] = adapt_input_conv(own[stem].shape[1], state[stem], base_chans=state[stem].shape[1])
     _check(own, state, dropped, weights, argument)
     model.load_state_dict(state, strict=False)
     return fresh
