@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from natrain.errors import invalid
 from natrain.models.weights import load_weights
+from natrain.models.weights.describe import is_own_run
 from natrain.models.weights.fetch import locate
 from natrain.models.weights.files import read_checkpoint, write_atomically
 
@@ -47,7 +48,7 @@ def open_checkpoint(source: str | Path, model: str | None = None) -> dict[str, A
     path = locate(source)
     if path.is_file():
         checkpoint = read_checkpoint(path)
-        if "model_name" in checkpoint.get("hyper_parameters", {}):
+        if is_own_run(checkpoint):
             return checkpoint
     weights = load_weights(source, model)
     return {"state_dict": weights.state, "hyper_parameters": {"kernel": "auto", **weights.description()}}

@@ -43,6 +43,12 @@ class Description:
     layout: str = "official"
 
 
+def is_own_run(checkpoint: Mapping[str, Any]) -> bool:
+    """True for the file of a natrain run; other Lightning modules have hyperparameters too."""
+    parameters = checkpoint.get("hyper_parameters")
+    return isinstance(parameters, Mapping) and {"model_name", "model_args", "class_names", "input"} <= parameters.keys()
+
+
 def describe(checkpoint: Mapping[str, Any], path: Path, source: str) -> Description:
     """Collect what ``checkpoint`` and the files beside it say.
 
@@ -55,11 +61,10 @@ def describe(checkpoint: Mapping[str, Any], path: Path, source: str) -> Descript
         ValueError: a ``config.json`` or metadata that cannot be read.
     """
     own = checkpoint.get("metadata", {}).get(METADATA)
-    parameters = checkpoint.get("hyper_parameters")
     if own is not None:
         return _from_natrain(_parsed(own, path))
-    if isinstance(parameters, Mapping) and "model_name" in parameters:
-        return _from_natrain(parameters)
+    if is_own_run(checkpoint):
+        return _from_natrain(checkpoint["hyper_parameters"])
     folder = path if path.is_dir() else path.parent
     config_path = folder / "config.json"
     if config_path.is_file():

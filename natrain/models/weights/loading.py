@@ -34,7 +34,8 @@ class Weights:
         licence: of the weights; None where the file does not say.
         source: what the user named.
         layout: official, hf, timm, lightning or natrain.
-        beside: tensors of the file that are not the model's (norms of a detector, other networks).
+        beside: tensors of the file that are not the model's (norms of a detector, other networks), by their names;
+            ``beside.`` stands before one that would pass for the model's.
         not_tensors: names of what else stood among the tensors.
         missing: names of the model that the file lacks (a backbone's head and norm).
         steps: what was undone to get at the names.
@@ -140,7 +141,11 @@ def load_weights(
     fit = recognise(found.state, str(source), name, told.hint, own)
     args = {**told.model_args, **fit.args}
     beside = {name: found.state.pop(name) for name in fit.extra}
-    beside |= {name: value for name, value in found.outside.items() if isinstance(value, Tensor)}
+    roots = {name.split(".")[0] for name in found.state} | {"head", "norm"}
+    for name, value in found.outside.items():
+        if isinstance(value, Tensor):
+            # A head beside the network is not the network's: under its own name it would be, once saved.
+            beside[f"beside.{name}" if name.split(".")[0] in roots else name] = value
     input = {**default_input(fit.variant), **told.input}
     if "in_chans" in args:
         input["in_chans"] = args.pop("in_chans")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -13,8 +14,11 @@ from safetensors.torch import save_file
 
 import natrain.models
 from natrain.models.weights import load_into, load_weights, save_weights
+from natrain.models.weights.describe import describe
 from natrain.models.weights.recognise import compare, named_in, recognise
+from natrain.training import load_for_inference
 from natrain.training.build import load_initial_weights
+from tests.models.weights.huggingface import Backbone
 from tests.models.weights.original import Hierarchical, Isotropic, randomise
 
 TWINS = [{"nat_mini", "dinat_mini"}, {"nat_tiny", "dinat_tiny"}, {"nat_base", "dinat_base"}]
@@ -98,6 +102,70 @@ def test_a_detector_keeps_the_norms_of_its_stages(tmp_path: Path) -> None:
             assert (got - other).norm() <= 1e-4 * other.norm()
     fresh = load_initial_weights(timm.create_model("dinat_mini"), str(tmp_path / "backbone.safetensors"))
     assert sorted(fresh) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
+
+
+def test_huggingface_backbone(tmp_path: Path) -> None:
+    """Hugging Face's DinatBackbone has a norm per stage and neither final norm nor classifier."""
+    tree = randomise(Backbone(64, 2, [(1, 8, 1), (1, 4, 1, 4), (1, 2) * 3, (1,) * 5], 3, False, 7))
+    state = {name: tensor for name, tensor in tree.state_dict().items() if not name.startswith("layernorm.")}
+    norms = {f"hidden_states_norms.stage{stage}.weight": torch.full((32 * 2**stage,), stage) for stage in range(1, 5)}
+    save_file({f"model.encoder.{name}": t for name, t in {**state, **norms}.items()}, tmp_path / "model.safetensors")
+    weights = load_weights(tmp_path / "model.safetensors", model="dinat_mini")
+    assert weights.layout == "hf" and weights.num_classes == 0
+    assert {name: tensor[0].item() for name, tensor in weights.beside.items()} == {
+        f"norm{stage}.weight": stage + 1 for stage in range(4)
+    }
+    model = weights.create_model(img_size=None, na_padding="natten014", kernel="reference")
+    x = torch.randn(1, 3, 72, 104)
+    with torch.no_grad():
+        _, expected = tree.double()(x.double())
+        maps = model.forward_intermediates(x, intermediates_only=True, output_fmt="NHWC")
+    for one, other in zip(maps, expected, strict=True):
+        assert (one.double() - other).norm() <= 1e-4 * other.norm()
+
+
+def test_weights_in_several_files(tmp_path: Path) -> None:
+    state = small()
+    parts = {"a.safetensors": list(state)[:20], "b.safetensors": list(state)[20:]}
+    for file, names in parts.items():
+        save_file({name: state[name] for name in names}, tmp_path / file)
+    index = {"weight_map": {name: file for file, names in parts.items() for name in names}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    loaded = load_weights(tmp_path).state
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], state[name]) for name in state)
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"b\.safetensors.*existing checkpoint file"):
+        load_weights(tmp_path)
+
+
+def test_a_head_beside_the_network_does_not_become_its_head(tmp_path: Path) -> None:
+    state = {f"net.{name}": t for name, t in timm.create_model("nat_digits", num_classes=0).state_dict().items()}
+    torch.save({**state, "head.weight": torch.ones(7, 64), "head.bias": torch.ones(7)}, tmp_path / "w.pth")
+    weights = load_weights(tmp_path / "w.pth")
+    assert list(weights.beside) == ["beside.head.weight", "beside.head.bias"] and weights.num_classes == 0
+    save_weights(weights, tmp_path / "w.safetensors")
+    again = load_weights(tmp_path / "w.safetensors")
+    assert again.num_classes == 0 and again.beside.keys() == weights.beside.keys()
+
+
+def test_hyperparameters_of_somebody_elses_module(tmp_path: Path) -> None:
+    told = {"model_name": "my_net", "lr": 1e-3}
+    content = {"state_dict": small(), "hyper_parameters": told, "pytorch-lightning_version": "2.6.4"}
+    torch.save(content, tmp_path / "w.ckpt")
+    weights = load_weights(tmp_path / "w.ckpt")
+    assert weights.model_name == "nat_digits" and weights.layout == "lightning"
+    assert load_for_inference(tmp_path / "w.ckpt").model_name == "nat_digits"
+
+
+def test_a_published_file_is_described_by_its_name(tmp_path: Path) -> None:
+    told = describe({}, tmp_path / "x", "/data/dinat_large_in22k_in1k_384.pth")
+    assert told.hint == "dinat_large" and told.licence == "mit"
+    assert told.model_args == {"dilations": ((1, 13), (1, 6), (1, 3), (1,))}
+    assert told.input["img_size"] == [384, 384] and told.input["crop_pct"] == 1.0
+    # The first and the last synset of ILSVRC 2012 in their sorted order: tench and toilet tissue.
+    assert (told.class_names[0], told.class_names[999], len(told.class_names)) == ("n01440764", "n15075141", 1000)
+    assert len(describe({}, tmp_path / "x", "dinat_s_large_in22k_224.pth").class_names) == 21841
+    assert describe({}, tmp_path / "x", "mine.pth").class_names is None
 
 
 def test_what_is_no_tensor_is_listed(tmp_path: Path) -> None:
