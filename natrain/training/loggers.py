@@ -13,6 +13,16 @@ from natrain.training.checkpoint import write_atomically
 RUN_ID = "wandb_id.txt"
 
 
+class RunLogger(WandbLogger):
+    """Ends its run with the training, so that the next training in this process does not write into it."""
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None:
+            self._experiment.finish()
+            self._experiment = None
+
+
 def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     """The loggers that ``logger.wandb.enabled`` and ``logger.tensorboard.enabled`` switch on.
 
@@ -25,7 +35,7 @@ def build_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     if cfg.logger.wandb.enabled:
         settings = cfg.logger.wandb
         loggers.append(
-            WandbLogger(
+            RunLogger(
                 name=cfg.name,
                 project=settings.project,
                 entity=settings.entity,

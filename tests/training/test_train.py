@@ -214,6 +214,9 @@ def test_loggers_get_the_rows(make_config: MakeConfig, sink: str) -> None:
     cfg = make_config({**QUICK, f"logger.{sink}.enabled": True})
     folder = Path(train(cfg).run_dir)
     if sink == "wandb":
+        import wandb
+
+        assert wandb.run is None  # the next training in this process is another run
         run_id = (folder / "wandb_id.txt").read_text()
         assert list((folder / "wandb").glob(f"offline-run-*-{run_id}"))
         cfg.resume = "auto"
