@@ -125,9 +125,10 @@ def _choices(comment: str) -> tuple[str, ...]:
 def settings_text(schema: Schema) -> str:
     """The groups with their choices and all settings with default and meaning, for ``--help``."""
     lines = ["groups (group=choice; settings typed beside it win):"]
+    width = max(len(name) for choices in schema.groups.values() for name in choices)
     for group, choices in schema.groups.items():
         lines.append(f"  {group}")
-        lines += [f"    {name:22}{meaning}" for name, meaning in choices.items()]
+        lines += [f"    {name:{width}}  {meaning}" for name, meaning in choices.items()]
     lines += ["", "settings (key=default  meaning):"]
     section = ""
     for setting in schema.settings.values():

@@ -139,11 +139,12 @@ def make_plan(cfg: DictConfig, num_train: int) -> Plan:
     devices, num_nodes = device_count(cfg.trainer)
     micro, accumulation = split_batch(cfg.global_batch, cfg.micro_batch, devices * num_nodes)
     if num_train < cfg.global_batch:
+        world = devices * num_nodes
         raise invalid(
             "global_batch",
             cfg.global_batch,
             f"at most the {num_train} training images",
-            f"global_batch={largest_divisor(num_train, min(num_train, 64))}",
+            f"global_batch={max(1, min(num_train, 64) // (2 * world)) * 2 * world}",
         )
     return Plan(
         devices=devices,
