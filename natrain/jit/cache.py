@@ -97,6 +97,17 @@ def publish(part: Path, entry: Path, manifest: dict) -> None:
 
 
 def remove_leftovers(entry: Path) -> None:
-    """Delete what killed builds of this entry on this machine left; the caller holds the lock."""
+    """Delete what killed builds of this entry on this machine left."""
     for part in entry.parent.glob(f"{entry.name}.part-{os.uname().nodename}-*"):
-        shutil.rmtree(part, ignore_errors=True)
+        if not _is_alive(int(part.name.rpartition("-")[2])):
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
