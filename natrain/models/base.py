@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from timm.layers import create_classifier, trunc_normal_
+from timm.models import get_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -149,6 +150,8 @@ class Backbone(nn.Module):
         """Read a checkpoint of this variant in any layout: what timm calls for ``pretrained=True``.
 
         A classifier of another size keeps its start; a first convolution of other channels is converted as timm does.
+        What the file says of preprocessing, classes and licence goes into ``pretrained_cfg``, where the caller did not
+        say otherwise.
 
         Raises:
             ValueError: another variant, another kernel size, a file that cannot be read.
@@ -158,6 +161,12 @@ class Backbone(nn.Module):
         variant = self.pretrained_cfg["architecture"]
         weights = load_weights(path, model=variant, like=self, argument="pretrained")
         load_into(self, weights, argument="pretrained")
+        tag = self.pretrained_cfg.get("tag")
+        default = get_pretrained_cfg(f"{variant}.{tag}" if tag else variant).to_dict(remove_null=False)
+        told = weights.pretrained_cfg()
+        self.pretrained_cfg.update(
+            {key: value for key, value in told.items() if self.pretrained_cfg.get(key) == default[key]}
+        )
 
     def get_classifier(self) -> nn.Module:
         """The linear layer (Identity when num_classes is 0)."""

@@ -94,7 +94,16 @@ class Weights:
         arguments = {"num_classes": self.num_classes, "in_chans": self.input["in_chans"], **size, **self.model_args}
         model = timm.create_model(self.model_name, **{**arguments, **changes})
         load_into(model, self)
+        model.pretrained_cfg.update(self.pretrained_cfg())
         return model.eval()
+
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Preprocessing, classes and licence under timm's names."""
+        cfg = {key: tuple(self.input[key]) for key in ("mean", "std")}
+        cfg |= {key: self.input[key] for key in ("crop_pct", "interpolation")}
+        cfg |= {"input_size": (self.input["in_chans"], *self.input["img_size"]), "num_classes": self.num_classes}
+        cfg |= {"label_names": tuple(self.class_names)} if self.class_names else {}
+        return cfg | ({"license": self.licence} if self.licence else {})
 
 
 def load_weights(

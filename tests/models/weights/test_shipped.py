@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from timm.data import resolve_model_data_config
 
 from natrain.data import build_eval_transform
 from natrain.data.digits import read_digits
 from natrain.models.published import SHIPPED
-from natrain.models.weights import load_weights
+from natrain.models.weights import load_weights, save_weights
 
 RIGHT = 354  # of the 360 images of the fixed test split
 
@@ -71,3 +73,22 @@ def test_features_and_other_classes_start_from_them() -> None:
     assert torch.equal(five.levels[0].blocks[0].attn.rpb, state["levels.0.blocks.0.attn.rpb"])
     with pytest.raises(ValueError, match=r"pretrained=.*rpb.*natrain surgery"):
         timm.create_model("nat_digits", pretrained=True, kernel_size=3)
+
+
+def test_the_preprocessing_of_a_file_reaches_timm(tmp_path: Path) -> None:
+    """Of a file of another's training, also through timm's own door; what the caller says wins."""
+    weights = load_weights(SHIPPED / "nat_digits.safetensors")
+    told = {"mean": [0.25], "std": [0.125], "crop_pct": 0.75, "interpolation": "bilinear", "img_size": [10, 12]}
+    changed = replace(weights, input={**weights.input, **told}, licence="cc0-1.0", class_names=list("abcdefghij"))
+    save_weights(changed, tmp_path / "mine.safetensors")
+    overlay = {"file": str(tmp_path / "mine.safetensors")}
+    through_timm = timm.create_model("nat_digits", pretrained=True, pretrained_cfg_overlay=overlay)
+    for model in (load_weights(tmp_path / "mine.safetensors").create_model(), through_timm):
+        config = resolve_model_data_config(model)
+        assert (config["mean"], config["std"], config["crop_pct"]) == ((0.25,), (0.125,), 0.75)
+        assert config["interpolation"] == "bilinear" and model.pretrained_cfg["input_size"] == (1, 10, 12)
+        assert model.pretrained_cfg["license"] == "cc0-1.0" and model.pretrained_cfg["label_names"][2] == "c"
+    overlay["mean"] = (0.5,)
+    assert timm.create_model("nat_digits", pretrained=True, pretrained_cfg_overlay=overlay).pretrained_cfg["mean"] == (
+        0.5,
+    )
