@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import runpy
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from natrain.compat import DEFAULT_VERSION, install
@@ -25,10 +28,29 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"natrain.compat: error: {error}", file=sys.stderr)
         return 2
+    _reach_spawned_processes(arguments.natten)
     sys.argv = [str(arguments.script), *arguments.arguments]
     sys.path[0] = str(arguments.script.resolve().parent)
     runpy.run_path(str(arguments.script), run_name="__main__")
     return 0
+
+
+def _reach_spawned_processes(version: str) -> None:
+    """Let processes that the script spawns find natten too.
+
+    Workers of a data loader import the script anew where processes are not forked (macOS, Windows, Python 3.14); of
+    this process they get sys.path only. So its last entry is a folder whose natten.py puts the stand-in in its place.
+    """
+    folder = tempfile.mkdtemp(prefix="natrain-compat-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, "natten.py").write_text(
+        "import sys\n"
+        "from natrain.compat.importing import interface_of, put_in_place\n"
+        "del sys.modules['natten']\n"
+        f"put_in_place(interface_of({version!r}))\n"
+        "import natten\n"
+    )
+    sys.path.append(folder)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,25 @@ def test_code_of_014_runs_unmodified(tmp_path, code):
     assert done.stdout.startswith("ran")
 
 
+@pytest.mark.slow
+def test_spawned_workers_find_natten_too(tmp_path):
+    code = """
+        import multiprocessing
+        import natten
+
+        def work(x):
+            return x, natten.__version__, natten.functional.__name__
+
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.map(work, [3]))
+    """
+    done = run_python(code, tmp_path, "-m", "natrain.compat", "--natten", "0.15", "program.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[(3, '0.15.1', 'natten.functional')]"
+    assert done.stderr.count("CompatWarning") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
