@@ -16,6 +16,7 @@ from natrain.errors import nearest
 # command -> (module, one-line meaning); modules are imported when their command runs.
 COMMANDS = {
     "train": ("train", "train a model: natrain train model=nat_mini data=imagefolder data.root=DIR"),
+    "finetune": ("finetune", "train a checkpoint on: natrain finetune checkpoint=FILE data=imagefolder data.root=DIR"),
     "eval": ("evaluate", "accuracy of a checkpoint: natrain eval checkpoint=FILE"),
     "predict": ("predict", "classes of images: natrain predict IMAGE... --checkpoint FILE --topk 5"),
     "import": ("import_", "checkpoints of other code: natrain import CHECKPOINT --out model.safetensors"),

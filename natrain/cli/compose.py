@@ -20,7 +20,8 @@ FREE = frozenset(
     {"name", "run_dir", "overwrite", "resume", "micro_batch", "data.workers", "data.val_batch", "logger"}
     | {f"trainer.{key}" for key in ("accelerator", "devices", "num_nodes", "log_every_steps", "progress_bar")}
 )
-PATHS = ("checkpoint", "data.root", "data.labels")  # made absolute, since the frozen file may be read from another folder
+# Made absolute, since the frozen file may be read from another folder.
+PATHS = ("checkpoint", "data.root", "data.labels")
 
 
 def is_free(key: str) -> bool:

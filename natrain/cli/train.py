@@ -11,6 +11,10 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 EXAMPLES = """examples:
   natrain train model=nat_digits data=digits recipe=digits
@@ -43,7 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
         config = override_config(load_frozen(arguments.config), arguments.overrides)
     else:
         config = requeued(compose_config(arguments.overrides, arguments.config_dir), arguments.overrides)
+    return train_and_report(config)
 
+
+def train_and_report(config: DictConfig) -> int:
+    """Train, then print the accuracy, the run folder and the command that evaluates the checkpoint."""
     from natrain.training import train
     from natrain.training.plan import global_rank
 

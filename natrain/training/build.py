@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -12,8 +13,10 @@ from torch import nn
 import natrain.models
 from natrain.errors import invalid, nearest
 from natrain.models.base import Backbone
+from natrain.models.surgery import resize_biases
 from natrain.models.weights import load_into, load_weights
 from natrain.training.checkpoint import load_state, model_state, read_checkpoint, says
+from natrain.training.finetune import classifier_of, start_head
 
 
 def is_ours(name: str) -> bool:
@@ -120,7 +123,8 @@ def load_initial_weights(
             "finetune.head", "keep", f"auto or new: {path} has other classes than the data", "finetune.head=auto"
         )
     if classifier and (other or head == "new"):
-        start_head(model, head_init_scale)
+        if head_init_scale != 1 or not set(classifier) <= set(fresh):
+            start_head(model, head_init_scale)
         fresh = [*fresh, *(name for name in classifier if name not in fresh)]
     return fresh
 

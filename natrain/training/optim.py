@@ -30,7 +30,9 @@ def create_optimizer(model: nn.Module, optim: Mapping, lr: float, *, fused: bool
 
     Args:
         model: the bare model, before any wrapping, so that its names match ``no_weight_decay()``.
-        optim: name, weight_decay, betas (for optimisers that have two), eps (for those that have one).
+        optim: name, weight_decay, betas (for optimisers that have two), eps (for those that have one), layer_decay:
+            None, or a factor on the learning rate from each layer of ``model.group_matcher()`` to the one before it,
+            where the last has ``lr`` (BEiT, 2106.08254, appendix; timm's ``param_groups_layer_decay``).
         lr: peak learning rate, already scaled.
         fused: use torch's fused AdamW (one kernel for all tensors; it cannot be clipped under fp16's loss scaling).
 
@@ -50,7 +52,12 @@ def create_optimizer(model: nn.Module, optim: Mapping, lr: float, *, fused: bool
         arguments["fused"] = True
     # Grouped as for some decay even where there is none: a run resumed with another decay finds the same groups.
     exempt = getattr(model, "no_weight_decay", set)()
-    groups = timm.optim.param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=exempt)
+    if optim.get("layer_decay") is None:
+        groups = timm.optim.param_groups_weight_decay(model, weight_decay=1.0, no_weight_decay_list=exempt)
+    else:
+        groups = timm.optim.param_groups_layer_decay(
+            model, weight_decay=1.0, no_weight_decay_list=exempt, layer_decay=optim["layer_decay"]
+        )
     for group in groups:
         group["weight_decay"] *= optim["weight_decay"]
     return timm.optim.create_optimizer_v2(groups, opt=optim["name"], lr=lr, eps=optim["eps"], **arguments)

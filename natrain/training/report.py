@@ -97,7 +97,7 @@ class Reporter(ProgressBar):
             "step": self._step,
             "epoch": self._step / task.plan.steps_per_epoch,
             "loss": sum(rank[0] for rank in ranks) / len(ranks),
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),  # of the head, with layer_decay
             "grad_norm": ranks[0][1],
             "images_per_s": steps * task.cfg.global_batch / (now - self._since),
             "memory_gib": memory_gib(task.device),

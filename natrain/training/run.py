@@ -20,6 +20,7 @@ from natrain.training.checkpoint import AtomicCheckpointIO, load_state, model_st
 from natrain.training.console import logging_to
 from natrain.training.ema import WeightAverage
 from natrain.training.epoch import EpochEnd, EpochSeed
+from natrain.training.finetune import freeze
 from natrain.training.folder import CHECKPOINTS, METRICS, open_folder, resume_path, run_name
 from natrain.training.launch import cluster_environment, launch
 from natrain.training.loggers import build_loggers
@@ -31,6 +32,11 @@ from natrain.training.task import ClassificationTask
 from natrain.training.validate import validate
 
 logger = logging.getLogger("natrain.training")
+# Without them equal the optimiser's state or the data's order would mean something else.
+SAME_IN_RESUMED = (
+    *("global_batch", "seed", "optim.name", "optim.layer_decay"),
+    *("finetune.freeze_stages", "finetune.linear_probe"),
+)
 PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -90,24 +96,32 @@ def train_rank(plain: dict[str, Any]) -> TrainResult:
             global_batch=cfg.global_batch,
         )
         plan = make_plan(cfg, data.num_train)
-        model = _initial_model(cfg, input, data.num_classes)
+        model = _initial_model(cfg, input, data.class_names)
         describe = _describe(cfg, input, data.class_names)
         task = ClassificationTask(model, cfg, plan, data.num_classes, describe)
         return _fit(cfg, folder, task, data)
 
 
-def _initial_model(cfg: DictConfig, input: dict[str, Any], num_classes: int) -> torch.nn.Module:
+def _initial_model(cfg: DictConfig, input: dict[str, Any], class_names: list[str]) -> torch.nn.Module:
     model = build_model(
         cfg.model.name,
         OmegaConf.to_container(cfg.model.args),
-        num_classes=num_classes,
+        num_classes=len(class_names),
         input=input,
         kernel=OmegaConf.to_object(cfg).get("kernel"),
     )
     if cfg.checkpoint is not None:
-        fresh = load_initial_weights(model, cfg.checkpoint)
-        note = f"; {', '.join(fresh)} start anew: the file has another number of classes" if fresh else ""
+        fresh = load_initial_weights(
+            model,
+            cfg.checkpoint,
+            class_names=class_names,
+            head=cfg.finetune.head,
+            head_init_scale=cfg.finetune.head_init_scale,
+            surgery=cfg.finetune.surgery,
+        )
+        note = f"; {', '.join(fresh)} start anew (finetune.head={cfg.finetune.head})" if fresh else ""
         logger.info("initial weights from %s%s", cfg.checkpoint, note)
+    freeze(model, cfg.finetune.freeze_stages, cfg.finetune.linear_probe)
     if cfg.grad_checkpointing:
         if not hasattr(model, "set_grad_checkpointing"):
             raise invalid("grad_checkpointing", True, f"false: {cfg.model.name} has none", "grad_checkpointing=false")
@@ -230,8 +244,9 @@ def check_resumable(task: ClassificationTask, path: Path) -> int:
             "resume", str(path), "a run on the same classes as the data", f"checkpoint={path} for its weights"
         )
     before, now = OmegaConf.create(told["config"]), task.cfg
-    for key in ("global_batch", "optim.name", "seed"):
-        was, value = OmegaConf.select(before, key), OmegaConf.select(now, key)
+    for key in SAME_IN_RESUMED:
+        value = OmegaConf.select(now, key)
+        was = OmegaConf.select(before, key, default=value)  # a file of an older version lacks later settings
         if was != value:
             raise invalid(key, value, f"{was}, with which the run in {path} was trained", f"{key}={was}")
     for section in ("optim", "schedule", "augment", "ema", "precision"):
@@ -241,10 +256,14 @@ def check_resumable(task: ClassificationTask, path: Path) -> int:
 
 
 def _announce(cfg: DictConfig, plan: Plan, task: ClassificationTask, data: lightning.LightningDataModule) -> None:
-    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    parameters, trained = (
+        sum(parameter.numel() for parameter in task.model.parameters() if parameter.requires_grad or not is_trained)
+        for is_trained in (False, True)
+    )
     logger.info(
-        "%s: %.3f M parameters, %d classes, run folder %s",
+        "%s: %.3f M parameters%s, %d classes, run folder %s",
         *(cfg.model.name, parameters / 1e6),
+        "" if trained == parameters else f", {trained / 1e6:.3f} M of them trained",
         data.num_classes,
         cfg.run_dir,
     )

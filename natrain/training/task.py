@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from timm.data import Mixup
 from torch import Tensor, nn
 
+from natrain.training.finetune import frozen_modules
 from natrain.training.optim import create_optimizer
 from natrain.training.plan import Plan
 from natrain.training.schedule import create_schedule
@@ -58,6 +59,7 @@ class ClassificationTask(lightning.LightningModule):
         self.describe = describe
         self.mixup = make_mixup(cfg.augment, num_classes)
         self.window: Window | None = None
+        self.frozen = list(frozen_modules(model))
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         images, targets = batch[:2]
@@ -73,6 +75,8 @@ class ClassificationTask(lightning.LightningModule):
         self.window = Window(self.device)
 
     def on_train_epoch_start(self) -> None:
+        for module in self.frozen:
+            module.eval()  # no drop path and no running statistics; evaluation puts everything back to training
         if self.mixup is not None:
             off = self.cfg.augment.mixup_off_epoch
             self.mixup.mixup_enabled = not off or self.current_epoch < off

@@ -77,6 +77,9 @@ NUMBERS: dict[str, Number] = {
     "optim.eps": Number(0, 1, 1e-8, open_low=True),
     "optim.clip_grad_norm": Number(0, INF, 5.0, open_low=True, may_be_null=True),
     "optim.lr_base_batch": _count(1, 1024),
+    "optim.layer_decay": Number(0, 1, 0.75, open_low=True, may_be_null=True),
+    "finetune.head_init_scale": Number(0, INF, 0.001),
+    "finetune.freeze_stages": _count(0, 0),
     "schedule.epochs": _count(1, 300),
     "schedule.warmup_epochs": _count(0, 20),
     "schedule.warmup_lr": Number(0, INF, 1e-6),
@@ -105,6 +108,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16", "fp16"),
     "optim.lr_scaling": ("none", "linear", "sqrt"),
     "schedule.name": ("cosine", "linear", "constant"),
+    "finetune.head": ("auto", "new", "keep"),
     "trainer.accelerator": ("auto", "cpu", "gpu"),
 }
 
