@@ -69,7 +69,12 @@ def calls(layer: Layer, kernel: str, dtype: torch.dtype, has_rpb: bool, seed: in
     def forward() -> torch.Tensor:
         return attend(qkv, layer.kernel_size, layer.dilation, rpb=rpb if has_rpb else None, kernel=kernel)
 
-    out = forward()
+    # Backward runs on the stream of its forward, and only another stream than the default can be captured in a graph.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = forward()
+    torch.cuda.current_stream().wait_stream(stream)
     return Calls(forward, lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True))
 
 

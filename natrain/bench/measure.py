@@ -74,6 +74,7 @@ def measure(
     runs: int = 30,
     warm_ups: int = 3,
     warm_cache: bool = False,
+    graphs: bool = False,
     check: Callable[[str, Any], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every contender on the current device.
@@ -83,6 +84,7 @@ def measure(
         runs: timed calls of each, interleaved.
         warm_ups: untimed calls of each first: compilation, allocation.
         warm_cache: leave what the call before left in the second-level cache.
+        graphs: time replays of a CUDA graph of the call: the device's work alone, without the host's gaps.
         check: called with (name, output of a call) before anything is timed; raises if the output is wrong.
     """
     for name, call in contenders.items():
@@ -91,6 +93,8 @@ def measure(
         if check is not None:
             check(name, output)
         del output
+    if graphs:
+        contenders = {name: captured(call) for name, call in contenders.items()}
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device="cuda")
     events: dict[str, list] = {name: [] for name in contenders}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,10 @@ import torch
 from natrain.bench.layers import LAYERS, Layer, calls, floor_ms
 from natrain.bench.measure import Timing, measure
 
-HEADER = ("layer", "dtype", "rpb", "kernel", "pass", "median_ms", "low_ms", "high_ms", "floor_ms", "natten_ms", "ratio")
+HEADER = (
+    "layer", "dtype", "rpb", "kernel", "pass", "median_ms", "low_ms", "high_ms", "device_ms", "floor_ms", "natten_ms",
+    "ratio", "clock_mhz",
+)  # fmt: skip
 
 
 def copy_bytes_per_s() -> float:
@@ -32,16 +36,24 @@ def _check(reference: torch.Tensor, tolerance: float):
     return check
 
 
-def measure_layer(layer: Layer, kernels: Sequence[str], dtype: torch.dtype, has_rpb: bool, runs: int) -> dict:
-    """{(kernel, pass): Timing} of one layer; the first image of every forward output is checked with the reference."""
+def measure_layer(
+    layer: Layer, kernels: Sequence[str], dtype: torch.dtype, has_rpb: bool, runs: int
+) -> dict[tuple[str, str], tuple[Timing, Timing]]:
+    """{(kernel, pass): (call, device)}: as a caller sees it, and of the device alone (graph replays).
+
+    The first image of every forward output is checked with the reference.
+    """
     contenders = {kernel: calls(layer, kernel, dtype, has_rpb) for kernel in kernels}
     with torch.no_grad():
         truth = calls(replace(layer, batch=1), "reference", dtype, has_rpb).forward()
-    tolerance = 2e-2 if dtype == torch.bfloat16 else 4e-3
-    forward = measure({name: c.forward for name, c in contenders.items()}, runs=runs, check=_check(truth, tolerance))
-    backward = measure({name: c.backward for name, c in contenders.items()}, runs=runs)
-    timings: dict[tuple[str, str], Timing] = {(name, "forward"): timing for name, timing in forward.items()}
-    return timings | {(name, "backward"): timing for name, timing in backward.items()}
+    check = _check(truth, 2e-2 if dtype == torch.bfloat16 else 4e-3)
+    timings = {}
+    for which in ("forward", "backward"):
+        work = {name: getattr(contender, which) for name, contender in contenders.items()}
+        called = measure(work, runs=runs, check=check if which == "forward" else None)
+        alone = measure(work, runs=runs, graphs=True)
+        timings |= {(name, which): (called[name], alone[name]) for name in kernels}
+    return timings
 
 
 def layer_table(
@@ -58,23 +70,22 @@ def layer_table(
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(HEADER)
-        for dtype in dtypes:
-            for layer in LAYERS:
-                for has_rpb in with_rpb:
-                    for (kernel, which), t in measure_layer(layer, kernels, dtype, has_rpb, runs).items():
-                        index = int(which == "backward")
-                        name = str(dtype).removeprefix("torch.")
-                        peer = layer.natten_naive_ms.get(name, (None, None))[index]
-                        ratio = peer / t.median_ms if peer else None
-                        if ratio and not has_rpb:
-                            ratios[kernel].append(ratio)
-                        floor = floor_ms(layer, dtype, bandwidth)[index]
-                        times = [f"{x:.4f}" for x in (t.median_ms, t.low_ms, t.high_ms, floor)]
-                        row = [layer.name, name, int(has_rpb), kernel, which, *times, peer, ratio and f"{ratio:.2f}"]
-                        rows.writerow(row)
-                        file.flush()
-                        print(*(f"{str(x):>9}" for x in row))
-                torch.cuda.empty_cache()
+        for dtype, layer, has_rpb in itertools.product(dtypes, LAYERS, with_rpb):
+            name = str(dtype).removeprefix("torch.")
+            for (kernel, which), (t, alone) in measure_layer(layer, kernels, dtype, has_rpb, runs).items():
+                index = int(which == "backward")
+                peer = layer.natten_naive_ms.get(name, (None, None))[index]
+                ratio = peer / t.median_ms if peer else None
+                if ratio and not has_rpb:
+                    ratios[kernel].append(ratio)
+                floor = floor_ms(layer, dtype, bandwidth)[index]
+                times = [f"{x:.4f}" for x in (t.median_ms, t.low_ms, t.high_ms, alone.median_ms, floor)]
+                row = [layer.name, name, int(has_rpb), kernel, which, *times, peer, ratio and f"{ratio:.2f}"]
+                row.append(alone.clock_mhz)
+                rows.writerow(row)
+                file.flush()
+                print(*(f"{str(x):>9}" for x in row))
+            torch.cuda.empty_cache()
     return {kernel: float(torch.tensor(found).log().mean().exp()) for kernel, found in ratios.items()}
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-_MAX_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_Parameters = ctypes.c_char_p * 1
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not yet touched the device
 
 
@@ -46,30 +45,30 @@ class CudaKernel:
         self._handle = ctypes.c_void_p()
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
 
-    def allow_shared_bytes(self, shared_bytes: int, device: int) -> None:
-        """Let launches on ``device`` ask for that much dynamic shared memory (beyond 48 KB it must be asked for)."""
-        _check(
-            _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED_BYTES, shared_bytes, self._handle, device),
-            f"asking for {shared_bytes} bytes of shared memory for {self.name}",
-        )
-
-    def launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int = 0) -> None:
+    def launch(self, grid: int, block: int, arguments: bytes, device: int) -> None:
         """Run ``grid`` blocks of ``block`` threads on torch's current stream of ``device``; nothing when grid is 0.
 
         ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns.
         """
         if not grid:
             return
-        buffer = ctypes.create_string_buffer(arguments, len(arguments))
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(buffer))
         stream = torch._C._cuda_getCurrentRawStream(device)
-        launch = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
-        with nullcontext() if device == torch._C._cuda_getDevice() else torch.cuda.device(device):
-            status = _cuda().cuLaunchKernel(*launch)
-            if status == _NO_CONTEXT:
-                _bind_context(device)
-                status = _cuda().cuLaunchKernel(*launch)
+        # One parameter: the address of the struct, which is that of the bytes.
+        launch = (self._handle, grid, 1, 1, block, 1, 1, 0, stream, _Parameters(arguments), None)
+        if device == torch._C._cuda_getDevice():
+            status = _launch(device, launch)
+        else:
+            with torch.cuda.device(device):
+                status = _launch(device, launch)
         _check(status, f"launching {self.name}")
+
+
+def _launch(device: int, launch: tuple) -> int:
+    status = _cuda().cuLaunchKernel(*launch)
+    if status == _NO_CONTEXT:
+        _bind_context(device)
+        status = _cuda().cuLaunchKernel(*launch)
+    return status
 
 
 def _bind_context(device: int) -> None:

@@ -41,8 +41,15 @@ from natrain.ops.registry import Limits, UnfusedAttentionKernel, register
 VECTORS_PER_LANE = 1
 # Adjacent queries, or keys, that a thread works on at once: most of what one reads the other reads too.
 POSITIONS = 2
-# Blocks that must fit a multiprocessor: bounds the registers of a thread.
-MIN_BLOCKS = 4
+
+
+def _min_blocks(primitive: str, dtype: torch.dtype) -> int:
+    """Blocks that must fit a multiprocessor, which bounds the registers of a thread; measured on an H200.
+
+    Straight-line code wants registers; the loops of ``inverse`` want warps, while its 16-bit rows need few registers.
+    """
+    return 5 if primitive == "inverse" and dtype.itemsize == 2 else 4
+
 
 _DTYPES = {
     torch.float64: "double",
@@ -58,6 +65,7 @@ def kernel_spec(primitive: str, defines: dict[str, object], arch: str) -> BuildS
 
 
 def problem_defines(
+    primitive: str,
     dtype: torch.dtype,
     window: Window,
     head_dim: int,
@@ -78,7 +86,7 @@ def problem_defines(
         "NATRAIN_OFFSET": offset,
         "NATRAIN_HAS_RPB": int(has_rpb),
         "NATRAIN_THREADS": MAX_THREADS,
-        "NATRAIN_MIN_BLOCKS": MIN_BLOCKS,
+        "NATRAIN_MIN_BLOCKS": _min_blocks(primitive, dtype),
     }
 
 
@@ -95,11 +103,11 @@ def build_specs(problem: Problem, arch: str) -> list[BuildSpec]:
     offset = "int" if max(span, weights_span) < 2**31 else "long long"
     lanes = lanes_of_row(problem.head_dim, vector, VECTORS_PER_LANE)
     constants = (dtype, window, problem.head_dim, vector, lanes, positions, offset)
-    wanted = [("qk", problem_defines(*constants, problem.has_rpb))]
-    wanted += [(primitive, problem_defines(*constants, False)) for primitive in ("qk", "av", "inverse")]
+    wanted = [("qk", problem_defines("qk", *constants, problem.has_rpb))]
+    wanted += [(primitive, problem_defines(primitive, *constants, False)) for primitive in ("qk", "av", "inverse")]
     if problem.has_rpb:
         acc = accumulate_dtype(dtype) if problem.batch > 1 else dtype
-        wanted.append(("rpb_grad", problem_defines(acc, window, 1, 1, 1, 1, offset, False)))
+        wanted.append(("rpb_grad", problem_defines("rpb_grad", acc, window, 1, 1, 1, 1, offset, False)))
     rows = row_defines(dtype, window.num_neighbors, weights_pitch(window.num_neighbors, dtype))[0]
     wanted += [(primitive, rows) for primitive in ("softmax", "softmax_grad", "dropout")]
     return list({spec.key(): spec for spec in (kernel_spec(*item, arch) for item in wanted)}.values())
@@ -126,7 +134,7 @@ def row_defines(dtype: torch.dtype, num_neighbors: int, pitch: int) -> tuple[dic
 
 @functools.cache
 def _problem_kernel(primitive: str, device: int, *constants) -> CudaKernel:
-    return _load(primitive, problem_defines(*constants), device)
+    return _load(primitive, problem_defines(primitive, *constants), device)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ Deterministic mode fills uninitialised memory with NaN, so that an element nobod
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
@@ -243,6 +244,24 @@ def test_beyond_two_to_the_31_elements():
         tail = q[:, -64:]
         expected = natrain.na1d(tail, tail, tail, 5, kernel="reference")
     torch.testing.assert_close(out[:, -32:], expected[:, -32:], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    q = torch.randn(1, 9, 9, 2, 32, device="cuda:1", requires_grad=True)
+    out = natrain.na2d(q, q, q, 3, kernel="naive")
+    torch.testing.assert_close(out, natrain.na2d(q, q, q, 3, kernel="reference"))
+    out.sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_a_fresh_thread_has_no_context_of_its_own():
+    q = torch.randn(1, 9, 9, 2, 32, device="cuda")
+    results = []
+    thread = threading.Thread(target=lambda: results.append(natrain.na2d(q, q, q, 3, kernel="naive")))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], natrain.na2d(q, q, q, 3, kernel="naive"))
 
 
 def test_compiles_into_one_graph():

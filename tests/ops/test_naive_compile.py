@@ -40,9 +40,9 @@ def _spec(primitive: str, arch: str):
     if primitive in ROW_PRIMITIVES:
         defines = naive.row_defines(torch.bfloat16, 49, 56)[0]
     elif arch == "sm_80":
-        defines = naive.problem_defines(torch.float64, CAUSAL_3D, 5, 1, 8, 1, "long long", primitive == "qk")
+        defines = naive.problem_defines(primitive, torch.float64, CAUSAL_3D, 5, 1, 8, 1, "long long", primitive == "qk")
     else:
-        defines = naive.problem_defines(torch.float16, NAT, 32, 8, 4, 2, "int", primitive == "qk")
+        defines = naive.problem_defines(primitive, torch.float16, NAT, 32, 8, 4, 2, "int", primitive == "qk")
     return naive.kernel_spec(primitive, defines, arch)
 
 
@@ -69,7 +69,7 @@ def test_the_common_kernels_spill_no_register(primitive, tmp_path):
 def test_a_kernel_that_cannot_compile_says_what_to_type(compiler):
     from natrain.jit import BuildError
 
-    defines = naive.problem_defines(torch.float16, NAT, 32, 8, 4, 2, "no_such_type", False)
+    defines = naive.problem_defines("av", torch.float16, NAT, 32, 8, 4, 2, "no_such_type", False)
     with pytest.raises(BuildError, match="(?s)no_such_type.*Try: "):
         build(naive.kernel_spec("av", defines, "sm_90a"))
 
