@@ -86,8 +86,10 @@ class _quiet(warnings.catch_warnings):
 
 
 def load(path: Path, device: str) -> Callable[[Tensor], Tensor]:
-    """The file in onnxruntime on the CPU, as a function of tensors."""
+    """The file in onnxruntime on the CPU, with as many threads as torch, as a function of tensors."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
