@@ -25,6 +25,7 @@ from natrain.jit.build import BuildError, BuildSpec, CompileFailed, build, run_n
 from natrain.jit.driver import CudaKernel, load_kernel
 
 MIN_CAPABILITY = (7, 5)  # CUDA 13 compiles for nothing older
+MIN_DRIVER = 12000  # the first whose API loads a library for all contexts at once
 REMEDY = "pip install nvidia-cuda-nvrtc (torch's CUDA wheels bring it), or CUDA_HOME=DIR of a CUDA toolkit"
 _FLAGS = ("-std=c++17",)
 
@@ -56,6 +57,10 @@ def reasons_against(capability: tuple[int, int] | None) -> list[str]:
     reasons = []
     if capability is not None and capability < MIN_CAPABILITY:
         reasons.append(f"capability {capability} (needs {MIN_CAPABILITY} or newer)")
+    if torch.cuda.is_available() and torch._C._cuda_getDriverVersion() < MIN_DRIVER:
+        reasons.append(
+            f"driver of CUDA {torch._C._cuda_getDriverVersion() // 1000} (needs {MIN_DRIVER // 1000} or newer)"
+        )
     if find_nvcc() is None and not nvrtc.is_available():
         reasons.append(f"no CUDA compiler ({REMEDY})")
     return reasons

@@ -91,7 +91,7 @@ def load_library(cubin: Path) -> ctypes.c_void_p:
     image = cubin.read_bytes()
     _check(
         _cuda().cuLibraryLoadData(ctypes.byref(library), image, None, None, 0, None, None, 0),
-        f"loading {cubin}",
+        f"loading {cubin} (if its compiler is newer than the driver, try NATRAIN_NVCC=nvrtc)",
     )
     return library
 
