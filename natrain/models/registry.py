@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models._builder import resolve_pretrained_cfg
@@ -67,6 +68,8 @@ def build(
                 name, value, f"an argument of {cls.__name__} or of timm.create_model", close or "help(type(model))"
             )
     tag = kwargs.get("pretrained_cfg")
+    if isinstance(tag, str):
+        check_tag(variant, tag)
     if pretrained:
         kwargs = {**kwargs, "pretrained_cfg_overlay": _with_local_file(variant, kwargs)}
     architecture = {**architecture, **published_args(variant, tag)}
@@ -86,13 +89,24 @@ def _with_local_file(variant: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**overlay, "file": str(file), "custom_load": True, "source": None}
 
 
+def check_tag(variant: str, tag: str) -> None:
+    """Raise ValueError, with the nearest one, where ``variant`` has no such pretrained tag."""
+    tags = [name.partition(".")[2] for name in timm.list_pretrained(f"{variant}.*")]
+    if tag not in tags:
+        allowed = f"one of {', '.join(tags)}" if tags else "none: no weights are published"
+        fix = f"{variant}.{nearest(tag, tags) or tags[0]}" if tags else variant
+        raise invalid("model", f"{variant}.{tag}", f"a pretrained tag of {variant}: {allowed}", f"model={fix}")
+
+
 def pretrained_source(name: str) -> str:
     """Where the weights of a variant (and tag) come from: a path, an address, or ``hf-hub:NAME``.
 
     Raises:
-        ValueError: none are published.
+        ValueError: none are published, or the tag is unknown.
     """
     variant, _, tag = name.partition(".")
+    if tag:
+        check_tag(variant, tag)
     return _source_of(resolve_pretrained_cfg(variant, tag or None), variant)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 import natrain.models
 from natrain.errors import invalid, nearest
 from natrain.models.base import Backbone
+from natrain.models.registry import check_tag
 from natrain.models.surgery import resize_biases
 from natrain.models.weights import load_into, load_weights
 from natrain.training.checkpoint import load_state, model_state, read_checkpoint, says
@@ -39,6 +40,8 @@ def model_input(cfg: DictConfig) -> dict[str, Any]:
         raise invalid(
             "model", name, "a model of natrain or timm (`natrain models` lists ours)", f"model={best or 'nat_tiny'}"
         )
+    if is_ours(name) and "." in name:
+        check_tag(*name.split(".", 1))
     preset = timm.models.get_pretrained_cfg(name)
     preset = preset.to_dict() if preset is not None else {}
     arguments = OmegaConf.to_container(cfg.model.args)

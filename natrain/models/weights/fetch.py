@@ -20,6 +20,8 @@ from natrain.models.weights.files import FOLDER_FILES, INDICES, read_json, write
 
 logger = logging.getLogger("natrain.models")
 HUB = "hf-hub:"
+HUB_TIMEOUT_S = 10
+DESCRIPTIONS = ("config.json", "preprocessor_config.json")
 BLOCK = 1 << 20
 
 
@@ -130,28 +132,28 @@ def _check_sum(path: Path, address: str, argument: str) -> None:
 
 
 def _from_hub(source: str, argument: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    """The hub library's folder of one revision: weights and what describes them; from its cache without network."""
+    from huggingface_hub import HfApi, hf_hub_download
 
     name, _, revision = source[len(HUB) :].partition("@")
-
-    def get(file: str) -> Path:
-        return Path(hf_hub_download(name, file, revision=revision or None))
-
-    def get_if_there(file: str) -> Path | None:
-        try:
-            return get(file)
-        except EntryNotFoundError:
-            return None
-
+    options = {"repo_id": name, "revision": revision or None}
     try:
-        found = next((path for file in FOLDER_FILES if (path := get_if_there(file)) is not None), None)
-        if found is not None and found.name in INDICES:
-            for part in sorted(set(read_json(found, argument).get("weight_map", {}).values())):
-                get(part)
-        for file in ("config.json", "preprocessor_config.json"):
-            get_if_there(file)
+        listed = HfApi().model_info(name, revision=revision or None, timeout=HUB_TIMEOUT_S).siblings
+        there = {entry.rfilename for entry in listed}
+        weights = next((file for file in FOLDER_FILES if file in there), None)
+        if weights is None:
+            raise LookupError(f"it holds none of {', '.join(FOLDER_FILES)}")
+        path = Path(hf_hub_download(filename=weights, **options))
+        parts = read_json(path, argument).get("weight_map", {}).values() if weights in INDICES else ()
+        for file in [*sorted(set(parts)), *(file for file in DESCRIPTIONS if file in there)]:
+            hf_hub_download(filename=file, **options)
+        return path.parent
     except Exception as error:  # no network, no such repository, no permission: each library version names it anew
+        for file in FOLDER_FILES:
+            cached = _cached(file, options)
+            if cached is not None:
+                logger.info("%s from the cache, as the hub cannot be asked", source)
+                return cached.parent
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
         raise invalid(
             argument,
@@ -159,6 +161,13 @@ def _from_hub(source: str, argument: str) -> Path:
             f"a model on Hugging Face's hub that this machine can download ({reason})",
             f"download config.json and model.safetensors elsewhere into a folder, then {argument}=FOLDER",
         ) from None
-    if found is None:
-        raise invalid(argument, source, f"a repository with {' or '.join(FOLDER_FILES)}", f"{argument}=FILE")
-    return found.parent
+
+
+def _cached(file: str, options: dict[str, str | None]) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(filename=file, **options)
+    except ValueError:  # a name that the hub does not allow
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +19,7 @@ import timm
 import torch
 
 from natrain.models.published import PUBLISHED, SITE, find_published
+from natrain.models.registry import pretrained_source
 from natrain.models.weights import load_weights
 from natrain.models.weights.fetch import local_place, locate
 from natrain.training.build import load_initial_weights
@@ -178,29 +180,60 @@ def test_without_network_one_error_says_where_to_put_the_file(hub_folder: Path, 
     assert place.with_name(f"{place.name}.sha256").is_file()
 
 
+HUB_CODE = """
+from natrain.models.weights import load_weights
+w = load_weights("hf-hub:somebody/digits")
+print(w.model_name, w.layout, w.class_names[2], len(w.state))
+try:
+    load_weights("hf-hub:somebody/none")
+except ValueError as error:
+    print(error)
+"""
+
+
 def test_a_name_on_the_hub(server: Server, tmp_path: Path) -> None:
+    """In a process of its own, since the hub's library reads its address when it is imported; then without the hub."""
     folder = server.folder / "somebody" / "digits" / "resolve" / "main"
     folder.mkdir(parents=True)
     torch.save(digits().state_dict(), folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps({"architecture": "nat_digits", "label_names": list("ABCDEFGHIJ")}))
-    code = (
-        "from natrain.models.weights import load_weights\n"
-        "w = load_weights('hf-hub:somebody/digits')\n"
-        "print(w.model_name, w.layout, w.class_names[2], len(w.state))\n"
-        "try: load_weights('hf-hub:somebody/none')\n"
-        "except ValueError as error: print(error)\n"
-    )
-    environment = {
-        **os.environ,
-        "HF_ENDPOINT": server.address,
-        "HF_HOME": str(tmp_path / "hf"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
-    assert first == f"nat_digits timm C {len(digits().state_dict())}"
-    assert "hf-hub:somebody/none" in second and "Try: " in second
+    files = [{"rfilename": name} for name in ("README.md", "config.json", "pytorch_model.bin")]
+    about = {"id": "somebody/digits", "sha": "1" * 40, "siblings": files}
+    (server.folder / "api" / "models" / "somebody").mkdir(parents=True)
+    (server.folder / "api" / "models" / "somebody" / "digits").write_text(json.dumps(about))
+    environment = {**os.environ, "HF_ENDPOINT": server.address, "HF_HOME": str(tmp_path / "hf")}
+    for is_offline in ("0", "1"):
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": is_offline}
+        done = subprocess.run([sys.executable, "-c", HUB_CODE], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        first, second = done.stdout.splitlines()
+        assert first == f"nat_digits timm C {len(digits().state_dict())}"
+        assert "hf-hub:somebody/none" in second and "then checkpoint=FOLDER" in second
+    asked = [path for _, path, _ in server.requests]
+    assert not any("README" in path or "safetensors" in path for path in asked), "what is not needed is not asked for"
+
+
+def test_processes_that_start_together_download_once(server: Server) -> None:
+    (server.folder / "w.bin").write_bytes(os.urandom(300_000))
+    address = f"{server.address}/w.bin"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(locate, [address] * 4))
+    assert len(set(found)) == 1
+    assert [command for command, _, _ in server.requests].count("GET") == 1
+
+
+@pytest.mark.parametrize(
+    ("tag", "message"),
+    [("in1kk", "Try: model=dinat_mini.in1k"), ("in22k_ft_in1k", "pretrained tag of dinat_mini: one of in1k")],
+)
+def test_an_unknown_tag_suggests_the_nearest(tag: str, message: str) -> None:
+    for ask in (
+        lambda: timm.create_model(f"dinat_mini.{tag}"),
+        lambda: timm.create_model("dinat_mini", pretrained_cfg=tag),
+        lambda: pretrained_source(f"dinat_mini.{tag}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ask()
 
 
 def test_published_files_are_known_by_their_names() -> None:
