@@ -22,7 +22,7 @@ import torch
 from natrain import env
 from natrain.jit import nvrtc
 from natrain.jit.build import BuildError, BuildSpec, CompileFailed, build, run_ninja, source_root
-from natrain.jit.driver import CudaKernel, load_kernel
+from natrain.jit.driver import CudaKernel, driver_version, load_kernel
 
 MIN_CAPABILITY = (7, 5)  # CUDA 13 compiles for nothing older
 MIN_DRIVER = 12000  # the first whose API loads a library for all contexts at once
@@ -57,10 +57,9 @@ def reasons_against(capability: tuple[int, int] | None) -> list[str]:
     reasons = []
     if capability is not None and capability < MIN_CAPABILITY:
         reasons.append(f"capability {capability} (needs {MIN_CAPABILITY} or newer)")
-    if torch.cuda.is_available() and torch._C._cuda_getDriverVersion() < MIN_DRIVER:
-        reasons.append(
-            f"driver of CUDA {torch._C._cuda_getDriverVersion() // 1000} (needs {MIN_DRIVER // 1000} or newer)"
-        )
+    driver = driver_version()
+    if driver is not None and driver < MIN_DRIVER:
+        reasons.append(f"driver for CUDA {driver // 1000} (needs {MIN_DRIVER // 1000} or newer)")
     if find_nvcc() is None and not nvrtc.is_available():
         reasons.append(f"no CUDA compiler ({REMEDY})")
     return reasons

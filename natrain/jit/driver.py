@@ -25,6 +25,17 @@ def _cuda() -> ctypes.CDLL:
     return cuda
 
 
+@functools.cache
+def driver_version() -> int | None:
+    """CUDA release the driver speaks, 13000 for 13.0; None without a driver."""
+    version = ctypes.c_int()
+    try:
+        status = _cuda().cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    return None if status else version.value
+
+
 def _check(status: int, what: str) -> None:
     if status:
         text = ctypes.c_char_p()

@@ -74,7 +74,11 @@ def test_a_kernel_that_cannot_compile_says_what_to_type(compiler):
         build(naive.kernel_spec("av", defines, "sm_90a"))
 
 
-def test_reasons_against_a_device():
+def test_reasons_against_a_device(monkeypatch):
+    monkeypatch.setattr(cuda, "driver_version", lambda: 11080)
+    assert "driver for CUDA 11 (needs 12 or newer)" in cuda.reasons_against((9, 0))
+    monkeypatch.setattr(cuda, "driver_version", lambda: 12040)
+    assert not any("driver" in reason for reason in cuda.reasons_against((9, 0)))
     assert cuda.reasons_against((7, 0))[0].startswith("capability (7, 0)")
     assert cuda.arch_of((8, 6)) == "sm_86" and cuda.arch_of((9, 0)) == "sm_90a" and cuda.arch_of((12, 0)) == "sm_120a"
 
