@@ -116,6 +116,7 @@ def test_key_holds_everything_that_changes_the_code_and_not_the_place(tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 @pytest.mark.parametrize("with_locks", [True, False])
 def test_many_processes_at_once(home, tmp_path, monkeypatch, with_locks):
     """Eight share one build; where a file system has no locks every one builds and every one is right."""
@@ -135,6 +136,7 @@ def test_many_processes_at_once(home, tmp_path, monkeypatch, with_locks):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_kill_9_during_a_build_leaves_nothing_that_blocks_or_lies(home, tmp_path, monkeypatch):
     write_sources(tmp_path / "src")
     log = wrap_compiler(tmp_path, monkeypatch, "sleep 600")
@@ -174,6 +176,7 @@ def test_failed_build_says_what_to_type_and_fails_once(home, tmp_path, monkeypat
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_processes_that_wait_for_a_failing_build_fail_with_it(home, tmp_path, monkeypatch):
     write_sources(tmp_path / "src", body="return undeclared_thing;")
     log = wrap_compiler(tmp_path, monkeypatch, "sleep 3")

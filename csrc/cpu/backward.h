@@ -143,7 +143,9 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
         const int64_t row = (int64_t(unit.image) * a.heads + unit.head) * a.length[0] * a.length[1] * a.length[2] +
                             unit.token(a, z, y, x);
         const DropoutRow dropout(a.seed, row);
-        const Real lse = static_cast<const Real*>(a.lse.data)[unit.offset(a, a.lse, z, y, x)];
+        const Real saved = static_cast<const Real*>(a.lse.data)[unit.offset(a, a.lse, z, y, x)];
+        // The softmax of an infinite score is NaN everywhere, not 0 at the other keys.
+        const Real lse = saved + (saved - saved);
         const Real d_lse =
             a.d_lse.data ? static_cast<const Real*>(a.d_lse.data)[unit.offset(a, a.d_lse, z, y, x)] : Real(0);
         const int64_t score_at = int64_t(i) * tile.lanes;

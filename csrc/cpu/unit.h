@@ -184,14 +184,15 @@ inline void over_vectors(const TileShape& shape, const Tile& tile, const LaneWin
     const bool has_z = z >= w.z && z < w.z_end;
     const int first = has_z ? w.y : 0, past = has_z ? w.y_end : 0;
     for (int y = 0; y < rows; y += step) {
-      const unsigned low = unsigned(y - first) < unsigned(past - first) ? narrow_mask : 0u;
+      const bool has_row = unsigned(y - first) < unsigned(past - first);
+      const unsigned low = has_row ? narrow_mask : 0u;
       if constexpr (PAIRED) {
         const unsigned high = unsigned(y + 1 - first) < unsigned(past - first) ? narrow_mask << half : 0u;
         f(vector++, low | high, z, y, 0);
       } else if (row_lanes == LANES) {
         f(vector++, low, z, y, 0);
       } else {
-        for (int x = 0; x < row_lanes; x += LANES) f(vector++, low ? lane_range(w.x - x, w.x_end - x) : 0u, z, y, x);
+        for (int x = 0; x < row_lanes; x += LANES) f(vector++, has_row ? lane_range(w.x - x, w.x_end - x) : 0u, z, y, x);
       }
     }
   }

@@ -7,6 +7,7 @@ each type of sum serves them all. Results do not depend on the number of threads
 from __future__ import annotations
 
 import functools
+import logging
 import struct
 from collections.abc import Sequence
 
@@ -18,6 +19,8 @@ from natrain.ops.dropout import drop_threshold
 from natrain.ops.problem import Problem
 from natrain.ops.reference import accumulate_dtype
 from natrain.ops.registry import FusedKernel, Limits, register
+
+logger = logging.getLogger(__name__)
 
 # Codes of csrc/cpu/problem.h.
 _ELEMENTS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,11 +50,13 @@ def _library(dtype: torch.dtype):
 
 
 @functools.lru_cache
-def _reasons(dtype: torch.dtype) -> tuple[str, ...]:
-    """Whether there is a compiler, or what it once made; asked once a process."""
-    if host.find_compiler() or find_built(build_spec(dtype, host.cpu_level())):
+def _reasons(real: torch.dtype) -> tuple[str, ...]:
+    """Empty where there is a compiler, or what it once made; asked, and said, once a process."""
+    if host.find_compiler() or find_built(build_spec(real, host.cpu_level())):
         return ()
-    return (f"no C++ compiler, and nothing compiled before: {host.REMEDY}",)
+    reason = f"no C++ compiler, and nothing compiled before: {host.REMEDY}"
+    logger.warning("the fast cpu kernel is not available: %s", reason)
+    return (reason,)
 
 
 def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
@@ -106,7 +111,7 @@ class CpuKernel(FusedKernel):
     limits = Limits(devices=frozenset({"cpu"}), dtypes=frozenset(_ELEMENTS))
 
     def extra_reasons(self, problem: Problem) -> list[str]:
-        return list(_reasons(problem.dtype))
+        return list(_reasons(accumulate_dtype(problem.dtype)))
 
     def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):
         acc = accumulate_dtype(q.dtype)
