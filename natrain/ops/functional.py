@@ -14,7 +14,6 @@ from torch import Tensor
 
 from natrain.errors import invalid
 from natrain.ops.dropout import draw_seed
-from natrain.ops.library import Run, ops
 from natrain.ops.problem import (
     AXES,
     Problem,
@@ -26,6 +25,7 @@ from natrain.ops.problem import (
     check_window,
 )
 from natrain.ops.registry import Explanation, explain_problem
+from natrain.ops.run import Run, ops
 
 _ARGUMENTS = """
         kernel_size: neighbours per axis, int or tuple of {na_dim}, >= 1; even sizes 2r: r before, itself, r-1 after.
