@@ -20,7 +20,8 @@ extern "C" __global__ void __launch_bounds__(256) natrain_naive_softmax(const __
   const WeightRow at(args.rows);
   WeightVectors scores(args.scores, at);
 
-  Acc largest = -__int_as_float(0x7f800000);
+  const Acc infinity = __int_as_float(0x7f800000);
+  Acc largest = -infinity;
 #pragma unroll(UNROLL)
   for (int vector = 0; vector < VECTORS; ++vector) {
     Acc(&score)[WEIGHT_VECTOR] = scores[vector];
@@ -30,6 +31,9 @@ extern "C" __global__ void __launch_bounds__(256) natrain_naive_softmax(const __
   }
   largest = at.reduce(largest, [](Acc a, Acc b) { return max(a, b); });
 
+  // As torch has it: an infinite score makes every probability a NaN and lse infinite.
+  const bool is_infinite = largest == infinity || largest == -infinity;
+  if (is_infinite) largest = 0;
   Acc sum = 0;
 #pragma unroll(UNROLL)
   for (int vector = 0; vector < VECTORS; ++vector) {
@@ -42,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(256) natrain_naive_softmax(const __
   }
   sum = at.reduce(sum, [](Acc a, Acc b) { return a + b; });
 
-  const Acc inverse_sum = 1 / sum;
+  const Acc inverse_sum = is_infinite ? Acc(__int_as_float(0x7fffffff)) : 1 / sum;
 #pragma unroll(UNROLL)
   for (int vector = 0; vector < VECTORS; ++vector) {
     Acc(&score)[WEIGHT_VECTOR] = scores[vector];

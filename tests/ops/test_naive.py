@@ -221,6 +221,15 @@ def test_nan_reaches_only_queries_whose_window_holds_it():
     assert torch.equal(mine.isfinite(), other.isfinite())
 
 
+def test_infinite_scores_are_those_of_the_reference():
+    q, k, v = (torch.randn(1, 12, 2, 8, device="cuda") for _ in range(3))
+    q[0, 3, 0, 0], q[0, 9, 1, 0] = 3e38, -3e38  # times the scale: infinite, of the sign of each key
+    results = [natrain.na1d(q, k, v, 3, scale=10.0, return_lse=True, kernel=name) for name in ("naive", "reference")]
+    for mine, other in zip(*results, strict=True):
+        assert not other.isfinite().all()
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_many_heads_and_empty_batch():
     """Beyond 65,535 batch * heads, where a grid's second axis would end; and nothing at all."""
     q, k, v = (torch.randn(4500, 7, 15, 8, device="cuda", dtype=torch.float16) for _ in range(3))
