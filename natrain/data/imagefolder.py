@@ -40,7 +40,7 @@ def read_imagefolder(
     if labels is not None:
         return read_labelled(folder, Path(labels).expanduser(), val_share, split_seed)
     if not (folder / "train").is_dir():
-        if not (folder / "val").is_dir() and any(any(_images(child)) for child in _folders(folder)):
+        if not (folder / "val").is_dir() and any(any(image_paths(child)) for child in _folders(folder)):
             return _split_folder(folder, folder, val_share, split_seed)
         nested = next((child for child in _folders(folder) if (child / "train").is_dir()), None)
         raise invalid("data.root", root, LAYOUT, f"data.root={nested or 'DIR'}")
@@ -55,7 +55,7 @@ def read_imagefolder(
         check_same_classes(class_names, val_folders, folder)
         val = _read_classes(folder / "val", class_names)
     else:
-        paths, val_classes = read_flat_val(folder, list(_images(folder / "val")))
+        paths, val_classes = read_flat_val(folder, list(image_paths(folder / "val")))
         check_same_classes(class_names, val_classes, folder)
         number = {name: target for target, name in enumerate(class_names)}
         val = FileImages(folder / "val", paths, [number[name] for name in val_classes])
@@ -94,7 +94,7 @@ def _read_classes(split: Path, class_names: list[str]) -> FileImages:
     targets: list[int] = []
     empty: list[str] = []
     for target, name in enumerate(class_names):
-        found = sorted(os.path.join(name, path) for path in _images(split / name, recursive=True))
+        found = sorted(os.path.join(name, path) for path in image_paths(split / name, recursive=True))
         if not found:
             empty.append(name)
         paths += found
@@ -116,7 +116,7 @@ def _folders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
 
 
-def _images(folder: Path, recursive: bool = False) -> Iterator[str]:
+def image_paths(folder: Path, recursive: bool = False) -> Iterator[str]:
     """Paths relative to ``folder``; hidden files (macOS writes ``._name.jpg`` beside ``name.jpg``) are no images."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if recursive and not name.startswith(".")]

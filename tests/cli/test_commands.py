@@ -124,7 +124,8 @@ def test_predict_names_classes_and_every_bad_image(trained, capsys, tmp_path):
     Image.new("L", (50, 20), 200).save(grey)
     cut = truncate(write_image(tmp_path / "cut.jpg", seed=2))
     (tmp_path / "text.png").write_text("no image")
-    bad = [cut, tmp_path, tmp_path / "absent.png", tmp_path / "text.png"]
+    (tmp_path / "empty").mkdir()
+    bad = [cut, tmp_path / "empty", tmp_path / "absent.png", tmp_path / "text.png"]
     checkpoint = trained / "run" / "checkpoints" / "best.ckpt"
     words = [good, *bad, grey, "--checkpoint", checkpoint, "--topk", "5"]
     assert main(["predict", *map(str, words)]) == 1
