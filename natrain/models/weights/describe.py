@@ -17,6 +17,7 @@ from natrain.models.weights.files import read_json
 METADATA = "natrain"  # key of natrain's description in the metadata of a safetensors file
 INPUT = ("img_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
 PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+ALIKE = 0.9  # share of labels that must be ImageNet's: spellings of a few differ between lists
 IMAGENETS = {1000: "imagenet-1k", 21841: "imagenet-22k"}
 
 
@@ -161,11 +162,28 @@ def _from_hf(config: Mapping[str, Any], folder: Path) -> Description:
     return Description(
         hint=next((name for name in _of_hf(prefix) if _has_size(name, depth, width)), None),
         model_args=args,
-        class_names=[names[key] for key in sorted(names, key=int)] if names else None,
+        class_names=_from_labels([names[key] for key in sorted(names, key=int)]) if names else None,
         input=found,
         licence=config.get("license"),
         layout="hf",
     )
+
+
+def _from_labels(labels: list[str]) -> list[str] | None:
+    """Class names of Hugging Face's labels: None for its placeholders, WordNet identifiers for ImageNet's.
+
+    A data set's classes are compared with these names, and ImageNet's folders have the identifiers.
+    """
+    if labels == [f"LABEL_{index}" for index in range(len(labels))]:
+        return None
+    if len(labels) in IMAGENETS:
+        from timm.data import ImageNetInfo
+
+        known = ImageNetInfo(IMAGENETS[len(labels)])
+        alike = sum(label == known.index_to_description(index) for index, label in enumerate(labels))
+        if alike > ALIKE * len(labels):
+            return imagenet_classes(len(labels))
+    return labels
 
 
 def _of_hf(prefix: str) -> list[str]:

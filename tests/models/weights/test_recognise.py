@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data import ImageNetInfo
 
 import natrain.models
 from natrain.models.weights import load_into, load_weights, save_weights
@@ -166,6 +167,21 @@ def test_a_published_file_is_described_by_its_name(tmp_path: Path) -> None:
     assert (told.class_names[0], told.class_names[999], len(told.class_names)) == ("n01440764", "n15075141", 1000)
     assert len(describe({}, tmp_path / "x", "dinat_s_large_in22k_224.pth").class_names) == 21841
     assert describe({}, tmp_path / "x", "mine.pth").class_names is None
+
+
+def test_labels_of_huggingface(tmp_path: Path) -> None:
+    def names(labels: list[str]) -> list[str] | None:
+        config = {"model_type": "dinat", "id2label": {str(index): label for index, label in enumerate(labels)}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return describe({}, tmp_path, "x").class_names
+
+    assert names(["LABEL_0", "LABEL_1"]) is None
+    assert names([f"class {index}" for index in range(11)])[10] == "class 10", "in the order of numbers, not of text"
+    assert names([f"class {index}" for index in range(1000)])[10] == "class 10"
+    published = [ImageNetInfo("imagenet-1k").index_to_description(index) for index in range(1000)]
+    assert published[0] == "tench, Tinca tinca"
+    found = names([*published[:-1], "toilet roll"])
+    assert (found[0], found[999]) == ("n01440764", "n15075141")
 
 
 def test_what_is_no_tensor_is_listed(tmp_path: Path) -> None:
