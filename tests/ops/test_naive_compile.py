@@ -9,7 +9,7 @@ import torch
 
 from natrain.jit import cuda, nvrtc
 from natrain.jit.build import build
-from natrain.ops import naive
+from natrain.ops import naive_specs
 from natrain.ops.problem import Problem, Window
 
 PROBLEM_PRIMITIVES = ("qk", "av", "inverse", "rpb_grad")
@@ -38,12 +38,14 @@ def compiler(request, monkeypatch):
 
 def _spec(primitive: str, arch: str):
     if primitive in ROW_PRIMITIVES:
-        defines = naive.row_defines(torch.bfloat16, 49, 56)[0]
+        defines = naive_specs.row_defines(torch.bfloat16, 49, 56)[0]
     elif arch == "sm_80":
-        defines = naive.problem_defines(primitive, torch.float64, CAUSAL_3D, 5, 1, 8, 1, "long long", primitive == "qk")
+        defines = naive_specs.problem_defines(
+            primitive, torch.float64, CAUSAL_3D, 5, 1, 8, 1, "long long", primitive == "qk"
+        )
     else:
-        defines = naive.problem_defines(primitive, torch.float16, NAT, 32, 8, 4, 2, "int", primitive == "qk")
-    return naive.kernel_spec(primitive, defines, arch)
+        defines = naive_specs.problem_defines(primitive, torch.float16, NAT, 32, 8, 4, 2, "int", primitive == "qk")
+    return naive_specs.kernel_spec(primitive, defines, arch)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
@@ -69,9 +71,9 @@ def test_the_common_kernels_spill_no_register(primitive, tmp_path):
 def test_a_kernel_that_cannot_compile_says_what_to_type(compiler):
     from natrain.jit import BuildError
 
-    defines = naive.problem_defines("av", torch.float16, NAT, 32, 8, 4, 2, "no_such_type", False)
+    defines = naive_specs.problem_defines("av", torch.float16, NAT, 32, 8, 4, 2, "no_such_type", False)
     with pytest.raises(BuildError, match="(?s)no_such_type.*Try: "):
-        build(naive.kernel_spec("av", defines, "sm_90a"))
+        build(naive_specs.kernel_spec("av", defines, "sm_90a"))
 
 
 def test_reasons_against_a_device(monkeypatch):
@@ -86,7 +88,7 @@ def test_reasons_against_a_device(monkeypatch):
 def test_a_training_step_compiles_ahead_without_a_gpu(compiler):
     """Every kernel that forward and backward of a NAT layer launch, once each, side by side."""
     problem = Problem(2, (14, 14), 4, 32, NAT, torch.float16, "cuda", (9, 0), has_rpb=True, needs_grad=True)
-    specs = naive.build_specs(problem, "sm_90a")
+    specs = naive_specs.build_specs(problem, "sm_90a")
     built = cuda.build_all(specs)
     assert len({path.parent for path in built}) == len(specs) == 8
     assert cuda.build_all(specs) == built
