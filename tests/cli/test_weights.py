@@ -96,6 +96,19 @@ def test_a_backbone_cannot_predict_but_train(tmp_path: Path, capsys) -> None:
     assert "head.weight" in log
 
 
+@pytest.mark.parametrize("to", ["official", "hf", "timm"])
+def test_export_and_import_again(to: str, tmp_path: Path, capsys) -> None:
+    state = timm.create_model("nat_mini", num_classes=3).state_dict()
+    torch.save(state, tmp_path / "nat_mini.pth")
+    out = tmp_path / ("nat_mini_again.pth" if to == "official" else "folder")
+    assert main(["export", "--checkpoint", str(tmp_path / "nat_mini.pth"), "--to", to, "--out", str(out)]) == 0
+    assert "written: " in capsys.readouterr().out
+    assert main(["import", str(out), "--out", str(tmp_path / "again.safetensors")]) == 0
+    again = load_weights(tmp_path / "again.safetensors")
+    assert again.model_name == "nat_mini" and again.state.keys() == state.keys()
+    assert all(torch.equal(again.state[name], state[name]) for name in state)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

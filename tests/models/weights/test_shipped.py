@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm.data import resolve_model_data_config
 
 from natrain.data import build_eval_transform
 from natrain.data.digits import read_digits
-from natrain.models.published import SHIPPED
+from natrain.models.published import PUBLISHED, SHIPPED
 from natrain.models.weights import load_weights, save_weights
 
 RIGHT = 354  # of the 360 images of the fixed test split
@@ -92,3 +93,18 @@ def test_the_preprocessing_of_a_file_reaches_timm(tmp_path: Path) -> None:
     assert timm.create_model("nat_digits", pretrained=True, pretrained_cfg_overlay=overlay).pretrained_cfg["mean"] == (
         0.5,
     )
+
+
+def test_the_documentation(repository: Path, monkeypatch, capsys) -> None:
+    """Its snippet runs, and its table has every published tag."""
+    text = (repository / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.chdir(repository)
+    exec(snippet, {})
+    assert "nat_digits, layout natrain" in capsys.readouterr().out
+    rows = {}
+    for models, tags in re.findall(r"^\| (`[^|]*`) \| (`[^|]*`[^|]*) \|$", text, flags=re.MULTILINE):
+        for pattern in re.findall(r"`([^`]+)`", models):
+            for name in fnmatch.filter(PUBLISHED, pattern):
+                rows[name] = set(re.findall(r"`([^`]+)`", tags))
+    assert rows == {name: set(tags) for name, tags in PUBLISHED.items()}
