@@ -7,9 +7,10 @@ import subprocess
 import pytest
 import torch
 
+import natrain
 from natrain.jit import cuda, nvrtc
 from natrain.jit.build import build
-from natrain.ops import naive_specs
+from natrain.ops import naive, naive_specs, registry
 from natrain.ops.problem import Problem, Window
 
 PROBLEM_PRIMITIVES = ("qk", "av", "inverse", "rpb_grad")
@@ -92,3 +93,31 @@ def test_a_training_step_compiles_ahead_without_a_gpu(compiler):
     built = cuda.build_all(specs)
     assert len({path.parent for path in built}) == len(specs) == 8
     assert cuda.build_all(specs) == built
+
+
+def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
+    """The launches of a forward and a backward with dropout, recorded instead of run."""
+    launched = set()
+
+    class Recorder:
+        def launch(self, grid, threads, arguments, device):
+            assert grid > 0 and threads % 32 == 0
+
+    def load(primitive, defines, device):
+        launched.add(naive_specs.kernel_spec(primitive, defines, "sm_90a").key())
+        return Recorder()
+
+    for cached in (naive._problem_kernel, naive._row_kernel, registry._choose_cached):
+        cached.cache_clear()
+    monkeypatch.setattr(naive, "_plans", {})
+    monkeypatch.setattr(naive, "_load", load)
+    monkeypatch.setattr(naive.NaiveKernel, "limits", registry.Limits(unfused=True))
+    monkeypatch.setattr(naive.NaiveKernel, "extra_reasons", lambda self, problem: [])
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    qkv = torch.randn(2, 14, 14, 3, 4, 32, dtype=torch.float16, requires_grad=True)
+    rpb = torch.randn(4, 13, 13, requires_grad=True)
+    natrain.na2d_qkvpacked(qkv, 7, rpb=rpb, dropout_p=0.1, kernel="naive").sum().backward()
+    problem = Problem(2, (14, 14), 4, 32, NAT, torch.float16, "cuda", (9, 0), has_rpb=True, needs_grad=True)
+    assert launched == {spec.key() for spec in naive_specs.build_specs(problem, "sm_90a")}
+    for cached in (naive._problem_kernel, naive._row_kernel, registry._choose_cached):
+        cached.cache_clear()
