@@ -51,6 +51,7 @@ def open_checkpoint(source: str | Path, model: str | None = None) -> dict[str, A
         if is_own_run(checkpoint):
             return checkpoint
     weights = load_weights(source, model)
+    weights.say_unused()
     return {"state_dict": weights.state, "hyper_parameters": {"kernel": "auto", **weights.description()}}
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from natrain.models.weights.fetch import locate
 from natrain.models.weights.files import read_checkpoint, read_folder, write_safetensors
 from natrain.models.weights.layouts import normalise
 from natrain.models.weights.recognise import check_variant, has_plan, recognise, shapes_in, shapes_with, windows_of
+
+logger = logging.getLogger("natrain.models")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,13 @@ class Weights:
         lines += [f"not in the model, kept aside: {name} {list(t.shape)}" for name, t in self.beside.items()]
         lines += [f"not in the model, no tensor: {name}" for name in self.not_tensors]
         return lines
+
+    def say_unused(self, names: Sequence[str] = ()) -> None:
+        """Log what of the file a model does not use: its tensors ``names``, those beside it, and what is no tensor."""
+        unused = [f"{name} {list(self.state[name].shape)}" for name in names]
+        unused += [f"{name} {list(tensor.shape)}" for name, tensor in self.beside.items()] + self.not_tensors
+        if unused:
+            logger.warning("%s: not in the model, left out: %s", self.source, ", ".join(unused))
 
     def create_model(self, **changes: Any) -> nn.Module:
         """The model with these weights, in evaluation mode; ``changes`` are arguments to use instead.
@@ -221,6 +231,7 @@ def load_into(model: nn.Module, weights: Weights, argument: str = "checkpoint") 
         state[stem] = adapt_input_conv(own[stem].shape[1], state[stem], base_chans=state[stem].shape[1])
     _check(own, state, dropped, weights, argument)
     model.load_state_dict(state, strict=False)
+    weights.say_unused([name for name in weights.state if name not in own])
     return fresh
 
 

@@ -169,6 +169,21 @@ def test_a_published_file_is_described_by_its_name(tmp_path: Path) -> None:
     assert describe({}, tmp_path / "x", "mine.pth").class_names is None
 
 
+def test_what_a_model_leaves_out_is_logged(tmp_path: Path, caplog) -> None:
+    torch.save({**small(), "norm1.weight": torch.ones(7), "epoch": 3}, tmp_path / "w.pth")
+    expected = "w.pth: not in the model, left out: {}norm1.weight [7], epoch"
+    load_initial_weights(timm.create_model("nat_digits"), str(tmp_path / "w.pth"))
+    load_for_inference(tmp_path / "w.pth")
+    assert [record.message.endswith(expected.format("")) for record in caplog.records] == [True, True]
+    load_into(timm.create_model("nat_digits", num_classes=0), load_weights(tmp_path / "w.pth"))
+    assert caplog.records[-1].message.endswith(expected.format("head.weight [10, 64], head.bias [10], "))
+    caplog.clear()
+    torch.save(small(), tmp_path / "w.pth")
+    load_initial_weights(timm.create_model("nat_digits"), str(tmp_path / "w.pth"))
+    load_for_inference(tmp_path / "w.pth")
+    assert not caplog.records
+
+
 def test_labels_of_huggingface(tmp_path: Path) -> None:
     def names(labels: list[str]) -> list[str] | None:
         config = {"model_type": "dinat", "id2label": {str(index): label for index, label in enumerate(labels)}}
