@@ -12,7 +12,7 @@ import warnings
 
 from torch import Tensor
 
-from natrain.compat import arguments, attention, switches, types, unfused
+from natrain.compat import arguments, heads_last, switches, types, unfused
 from natrain.compat.arguments import check_all_args, refuse
 from natrain.compat.layers import Attention
 
@@ -87,7 +87,7 @@ def _fused(na_dim: int):
         if additional_keys is not None:
             tokens = (query.shape[0], -1, *query.shape[-2:])
             additional_keys, additional_values = additional_keys.reshape(tokens), additional_values.reshape(tokens)
-        return attention.neighborhood_attention(
+        return heads_last.neighborhood_attention(
             na_dim,
             query,
             key,

@@ -7,138 +7,26 @@ accepted without effect.
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from natrain.compat import arguments, attention, switches, types, v017
+from natrain.compat import arguments, heads_last, switches, types, v017
 from natrain.compat.arguments import refuse
+from natrain.compat.arguments020 import (
+    KernelSchedule,
+    check_additional,
+    check_all_args,
+    check_args_against_input,
+    check_backend,
+    check_kernel_schedule,
+    check_merge,
+    check_qkv,
+    check_rank,
+)
 
 VERSION = "0.21.1"
-
-# backend -> compute capabilities (major) it ran on; None: any device.
-BACKENDS = {"cutlass": range(6, 99), "hopper": (9,), "blackwell": (10,), "flex": None}
-
-
-class KernelSchedule(Enum):
-    NonPersistent = 0
-    WarpSpecializedCooperative = 1
-    WarpSpecializedPingpong = 2
-
-
-SCHEDULES = dict(zip(("non", "coop", "pp"), KernelSchedule, strict=True))
-
-
-def check_kernel_schedule(kernel_schedule: Any) -> KernelSchedule | None:
-    """The schedule of that name; ValueError for another."""
-    if kernel_schedule is None or isinstance(kernel_schedule, KernelSchedule):
-        return kernel_schedule
-    if kernel_schedule not in SCHEDULES:
-        raise refuse(ValueError, "kernel_schedule", kernel_schedule, f"None or one of {', '.join(SCHEDULES)}", "None")
-    return SCHEDULES[kernel_schedule]
-
-
-def check_backend(backend: str | None, kind: str, device: torch.device) -> None:
-    """Refuse a backend that NATTEN would not have run on that device: natrain then runs its own kernel instead.
-
-    Args:
-        kind: ``fna`` or ``fmha``.
-
-    Raises:
-        NotImplementedError: no backend of NATTEN has that name.
-        RuntimeError: that backend did not run on such a device.
-    """
-    if backend is None:
-        return
-    names = {f"{family}-{kind}": majors for family, majors in BACKENDS.items()}
-    if backend not in names:
-        raise refuse(NotImplementedError, "backend", backend, f"None or one of {', '.join(names)}", "backend=None")
-    majors = names[backend]
-    if majors is None:
-        return
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
-    if major not in majors:
-        here = device.type if major is None else f"CUDA capability {major}.x"
-        where = "any CUDA device" if len(majors) > 1 else f"CUDA capability {majors[0]}.x"
-        raise refuse(
-            RuntimeError, "backend", backend, f"a backend for {here}; {backend} is for {where}", "backend=None"
-        )
-
-
-def check_all_args(na_dim: int, kernel_size: Any, stride: Any, dilation: Any, is_causal: Any) -> tuple:
-    """``(kernel_size, stride, dilation, is_causal)``, a tuple of ``na_dim`` each; kernel sizes from 2."""
-    return (
-        arguments.check_kernel_size_arg(na_dim, kernel_size, minimum=2),
-        arguments.check_stride_arg(na_dim, stride),
-        arguments.check_dilation_arg(na_dim, dilation, minimum=1),
-        arguments.check_causal_arg(na_dim, is_causal),
-    )
-
-
-def check_args_against_input(input_tensor: Tensor, kernel_size, stride, dilation, is_causal) -> None:
-    """ValueError where a window is longer than its axis, or a stride than its window."""
-    spatial = tuple(input_tensor.shape[1:-2])
-    if any(k * d > n for n, k, d in zip(spatial, kernel_size, dilation, strict=True)):
-        raise refuse(
-            ValueError,
-            "kernel_size, dilation",
-            (kernel_size, dilation),
-            f"kernel_size * dilation <= {spatial}, the input's axes",
-            "smaller windows or a larger input",
-        )
-    if any(s > k for k, s in zip(kernel_size, stride, strict=True)):
-        raise refuse(ValueError, "stride", stride, f"at most kernel_size {kernel_size} on every axis", "stride=1")
-
-
-def check_qkv(query: Tensor, key: Tensor, value: Tensor, *, ranks: tuple[int, ...], grouped: bool) -> None:
-    """NotImplementedError for sparse or nested tensors; ValueError where shapes, dtypes or devices disagree.
-
-    Args:
-        ranks: allowed numbers of axes.
-        grouped: whether key and value may have fewer heads (0.21.5 on).
-    """
-    named = {"query": query, "key": key, "value": value}
-    for name, tensor in named.items():
-        if tensor.is_sparse or tensor.is_nested:
-            raise refuse(NotImplementedError, name, "sparse or nested", "dense tensors", f"{name}.to_dense()")
-        for attribute in ("device", "dtype"):
-            if getattr(tensor, attribute) != getattr(query, attribute):
-                value_of, wanted = getattr(tensor, attribute), getattr(query, attribute)
-                raise refuse(ValueError, f"{name}.{attribute}", value_of, f"query's, {wanted}", f"{name}.to(query)")
-        if tensor.dim() not in ranks or tensor.dim() != query.dim():
-            wanted = f"{' or '.join(map(str, ranks))} axes, as many as query"
-            raise refuse(ValueError, f"{name}.shape", tuple(tensor.shape), wanted, "[B, *tokens, heads, head_dim]")
-    shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-    if query.shape[-1] != key.shape[-1]:
-        raise refuse(ValueError, "head_dim", shapes, "one head_dim in query and key", "key of query's head_dim")
-    if len({t.shape[0] for t in named.values()}) > 1 or key.shape[1:-2] != value.shape[1:-2]:
-        raise refuse(ValueError, "shapes", shapes, "one batch size; key and value of the same tokens", "equal shapes")
-    heads, heads_kv = query.shape[-2], key.shape[-2]
-    fits = heads % heads_kv == 0 if grouped and heads_kv else heads == heads_kv
-    if heads_kv != value.shape[-2] or not fits:
-        allowed = "heads of query divided by those of key and value" if grouped else "equal heads"
-        fix = "key of a divisor of query's heads" if grouped else "key.repeat_interleave(...), or natten 0.21.5 on"
-        raise refuse(ValueError, "heads", shapes, allowed, fix)
-
-
-def check_additional(query, key, value, additional_keys, additional_values, *, grouped: bool) -> None:
-    """ValueError unless both or neither are given and fit the others."""
-    if (additional_keys is None) != (additional_values is None):
-        raise refuse(ValueError, "additional_keys", "one of two", "both keys and values, or neither", "both")
-    if additional_keys is None:
-        return
-    tokens = query.flatten(1, -3)
-    check_qkv(tokens, additional_keys, additional_values, ranks=(4,), grouped=grouped)
-    if additional_keys.shape[-2:] != key.shape[-2:] or additional_values.shape[-2:] != value.shape[-2:]:
-        raise refuse(
-            ValueError,
-            "additional_keys.shape",
-            tuple(additional_keys.shape),
-            f"key's heads and head_dim {tuple(key.shape[-2:])}, and value's {tuple(value.shape[-2:])}",
-            "the projections of key and value",
-        )
 
 
 def generic(
@@ -169,7 +57,7 @@ def generic(
     na_dim = query.dim() - 3
     kernel_size, stride, dilation, is_causal = check_all_args(na_dim, kernel_size, stride, dilation, is_causal)
     check_args_against_input(query, kernel_size, stride, dilation, is_causal)
-    return attention.neighborhood_attention(
+    return heads_last.neighborhood_attention(
         na_dim,
         query,
         key,
@@ -215,7 +103,7 @@ def _make(na_dim: int):
         torch_compile: bool = False,
         try_fuse_additional_kv: bool = False,
     ) -> Tensor:
-        _check_rank(query, na_dim)
+        check_rank(query, na_dim)
         return generic(
             query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
             backend, kernel_schedule, attention_kwargs=attention_kwargs,
@@ -234,16 +122,10 @@ def _make(na_dim: int):
     return na
 
 
-def _check_rank(query: Tensor, na_dim: int) -> None:
-    if query.dim() != na_dim + 3:
-        layout = f"[B, {na_dim} spatial axes, heads, head_dim]"
-        raise refuse(ValueError, "query.shape", tuple(query.shape), layout, "the function of that rank")
-
-
 na1d, na2d, na3d = (_make(na_dim) for na_dim in (1, 2, 3))
 
 
-def attention_(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -274,27 +156,8 @@ def attention_(
     check_kernel_schedule(kernel_schedule)
     check_backend(backend, "fmha", query.device)
     with torch.autocast(query.device.type, enabled=False):
-        out, lse = attention.dense_attention(query, key, value, scale or query.shape[-1] ** -0.5)
+        out, lse = heads_last.dense_attention(query, key, value, scale or query.shape[-1] ** -0.5)
     return (out, lse) if return_lse else out
-
-
-attention_.__name__ = attention_.__qualname__ = "attention"
-
-
-def check_merge(outputs: list[Tensor], lse_tensors: list[Tensor]) -> None:
-    """ValueError unless there are at least two outputs [B, T, heads, head_dim] with an lse [B, T, heads] each."""
-    if len(outputs) < 2 or len(outputs) != len(lse_tensors):
-        counts = (len(outputs), len(lse_tensors))
-        raise refuse(ValueError, "outputs, lse_tensors", counts, "at least two of each, equally many", "one lse each")
-    shape = tuple(outputs[0].shape)
-    for output, lse in zip(outputs, lse_tensors, strict=True):
-        if output.dim() != 4 or tuple(output.shape) != shape or not output.is_contiguous():
-            allowed = f"contiguous [B, T, heads, head_dim], all {shape}"
-            raise refuse(ValueError, "outputs", tuple(output.shape), allowed, "output.flatten(1, -3).contiguous()")
-        if tuple(lse.shape) != shape[:3]:
-            raise refuse(
-                ValueError, "lse_tensors", tuple(lse.shape), f"{shape[:3]} = [B, T, heads]", "lse.flatten(1, -2)"
-            )
 
 
 def merge_attentions(outputs: list[Tensor], lse_tensors: list[Tensor], torch_compile: bool = True) -> Tensor:
@@ -304,7 +167,7 @@ def merge_attentions(outputs: list[Tensor], lse_tensors: list[Tensor], torch_com
         ValueError: fewer than two parts, shapes that disagree, an output that is not contiguous.
     """
     check_merge(outputs, lse_tensors)
-    return attention.merge(outputs, lse_tensors)[0]
+    return heads_last.merge(outputs, lse_tensors)[0]
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -438,5 +301,5 @@ def layout(functions: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 LAYOUT = layout(
-    {"na1d": na1d, "na2d": na2d, "na3d": na3d, "attention": attention_, "merge_attentions": merge_attentions}
+    {"na1d": na1d, "na2d": na2d, "na3d": na3d, "attention": attention, "merge_attentions": merge_attentions}
 )

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from natrain.compat import attention, v020
+from natrain.compat import heads_last, v020
 from natrain.compat.arguments import refuse
+from natrain.compat.arguments020 import check_backend, check_kernel_schedule, check_merge, check_qkv, check_rank
 
 VERSION = "0.21.7"
 
@@ -39,7 +40,7 @@ def _make(na_dim: int):
         torch_compile: bool = False,
         return_lse: bool = False,
     ):
-        v020._check_rank(query, na_dim)
+        check_rank(query, na_dim)
         return v020.generic(
             query, key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys, additional_values,
             backend, kernel_schedule, return_lse, attention_kwargs, grouped=True,
@@ -57,7 +58,7 @@ def _make(na_dim: int):
 na1d, na2d, na3d = (_make(na_dim) for na_dim in (1, 2, 3))
 
 
-def attention_(
+def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -89,9 +90,9 @@ def attention_(
     Raises:
         NotImplementedError, RuntimeError, ValueError: as in 0.20; ValueError for lengths that do not fit.
     """
-    v020.check_qkv(query, key, value, ranks=(4,), grouped=True)
-    v020.check_kernel_schedule(kernel_schedule)
-    v020.check_backend(backend, "fmha", query.device)
+    check_qkv(query, key, value, ranks=(4,), grouped=True)
+    check_kernel_schedule(kernel_schedule)
+    check_backend(backend, "fmha", query.device)
     scale = scale or query.shape[-1] ** -0.5
     ends_q = _ends("Q", query, seqlens_Q, cumulative_seqlen_Q)
     ends_kv = _ends("KV", key, seqlens_KV, cumulative_seqlen_KV)
@@ -99,17 +100,14 @@ def attention_(
         raise refuse(ValueError, "seqlens_Q, seqlens_KV", (ends_q, ends_kv), "as many lengths of both, or none", "both")
     with torch.autocast(query.device.type, enabled=False):
         if ends_q is None:
-            out, lse = attention.dense_attention(query, key, value, scale, is_causal)
+            out, lse = heads_last.dense_attention(query, key, value, scale, is_causal)
         else:
             parts = [
-                attention.dense_attention(query[:, q0:q1], key[:, k0:k1], value[:, k0:k1], scale, is_causal)
+                heads_last.dense_attention(query[:, q0:q1], key[:, k0:k1], value[:, k0:k1], scale, is_causal)
                 for q0, q1, k0, k1 in zip([0, *ends_q], ends_q, [0, *ends_kv], ends_kv, strict=False)
             ]
             out, lse = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     return (out, lse) if return_lse else out
-
-
-attention_.__name__ = attention_.__qualname__ = "attention"
 
 
 def _ends(name: str, tokens: Tensor, lengths: Tensor | None, cumulative: Tensor | None) -> list[int] | None:
@@ -138,10 +136,10 @@ def merge_attentions(
     Raises:
         ValueError: fewer than two parts, shapes that disagree, an output that is not contiguous.
     """
-    v020.check_merge(outputs, lse_tensors)
-    return attention.merge(outputs, lse_tensors)
+    check_merge(outputs, lse_tensors)
+    return heads_last.merge(outputs, lse_tensors)
 
 
 LAYOUT = v020.layout(
-    {"na1d": na1d, "na2d": na2d, "na3d": na3d, "attention": attention_, "merge_attentions": merge_attentions}
+    {"na1d": na1d, "na2d": na2d, "na3d": na3d, "attention": attention, "merge_attentions": merge_attentions}
 )

@@ -133,20 +133,20 @@ def test_attention():
     expected = F.scaled_dot_product_attention(
         q.transpose(1, 2), *(t.repeat_interleave(2, 2).transpose(1, 2) for t in (k, v)), is_causal=True
     ).transpose(1, 2)
-    out, lse = v021.attention_(q, k, v, is_causal=True, return_lse=True)
+    out, lse = v021.attention(q, k, v, is_causal=True, return_lse=True)
     torch.testing.assert_close(out, expected)
     assert lse.shape == (2, 5, 4)
     torch.testing.assert_close(lse[:, 0], (q[:, 0] * k[:, 0].repeat_interleave(2, 1)).sum(-1) * 3**-0.5)
     k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
     expected = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=0.7).transpose(1, 2)
-    torch.testing.assert_close(v020.attention_(q, k, v, 0.7), expected)
+    torch.testing.assert_close(v020.attention(q, k, v, 0.7), expected)
 
 
 def test_packed_sequences_see_only_their_own_tokens():
     lengths_q, lengths_kv = torch.tensor([2, 5], dtype=torch.int32), torch.tensor([3, 4], dtype=torch.int32)
     q, k, v = (torch.randn(1, 7, 2, 3) for _ in range(3))
-    out = v021.attention_(q, k, v, seqlens_Q=lengths_q, seqlens_KV=lengths_kv)
-    alone = [v021.attention_(q[:, :2], k[:, :3], v[:, :3]), v021.attention_(q[:, 2:], k[:, 3:], v[:, 3:])]
+    out = v021.attention(q, k, v, seqlens_Q=lengths_q, seqlens_KV=lengths_kv)
+    alone = [v021.attention(q[:, :2], k[:, :3], v[:, :3]), v021.attention(q[:, 2:], k[:, 3:], v[:, 3:])]
     torch.testing.assert_close(out, torch.cat(alone, 1))
     ends = {
         "cumulative_seqlen_Q": torch.tensor([0, 2, 7], dtype=torch.int32),
@@ -154,18 +154,18 @@ def test_packed_sequences_see_only_their_own_tokens():
         "max_seqlen_Q": 5,
         "max_seqlen_KV": 4,
     }
-    torch.testing.assert_close(v021.attention_(q, k, v, **ends), out)
+    torch.testing.assert_close(v021.attention(q, k, v, **ends), out)
     with pytest.raises(ValueError, match="seqlens_Q"):
-        v021.attention_(q, k, v, seqlens_Q=lengths_q.long(), seqlens_KV=lengths_kv)
+        v021.attention(q, k, v, seqlens_Q=lengths_q.long(), seqlens_KV=lengths_kv)
     with pytest.raises(ValueError, match="as many"):
-        v021.attention_(q, k, v, seqlens_Q=lengths_q)
+        v021.attention(q, k, v, seqlens_Q=lengths_q)
 
 
 def test_merging_parts_is_one_softmax():
     q = torch.randn(2, 5, 3, 4, dtype=torch.float64)
     k, v = (torch.randn(2, 9, 3, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
-    whole, whole_lse = v021.attention_(q, k, v, return_lse=True)
-    parts = [v021.attention_(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in ((0, 2), (2, 6), (6, 9))]
+    whole, whole_lse = v021.attention(q, k, v, return_lse=True)
+    parts = [v021.attention(q, k[:, a:b], v[:, a:b], return_lse=True) for a, b in ((0, 2), (2, 6), (6, 9))]
     out, lse = v021.merge_attentions([o.contiguous() for o, _ in parts], [e for _, e in parts])
     torch.testing.assert_close(out, whole)
     torch.testing.assert_close(lse, whole_lse)
@@ -199,8 +199,8 @@ T = torch.randn(1, 6, 2, 8)
         (lambda: v020.na2d(Q, Q, Q, 3, backend="cutlas-fna"), NotImplementedError, "cutlass-fna"),
         (lambda: v020.na2d(Q, Q, Q, 3, backend="hopper-fna"), RuntimeError, "capability 9.x"),
         (lambda: v020.na2d(Q, Q, Q, 3, kernel_schedule="fast"), ValueError, "coop"),
-        (lambda: v020.attention_(T, T, T, backend="flex-fna"), NotImplementedError, "flex-fmha"),
-        (lambda: v020.attention_(T, T[:, :, :1], T[:, :, :1]), ValueError, "equal heads"),
+        (lambda: v020.attention(T, T, T, backend="flex-fna"), NotImplementedError, "flex-fmha"),
+        (lambda: v020.attention(T, T[:, :, :1], T[:, :, :1]), ValueError, "equal heads"),
         (lambda: v020.merge_attentions([T], [T[..., 0]]), ValueError, "at least two"),
         (lambda: v020.merge_attentions([T, T], [T[..., 0], T[:, :3, :, 0]]), ValueError, "lse_tensors"),
         (lambda: v020.merge_attentions([T, T.mT.contiguous().mT], [T[..., 0]] * 2), ValueError, "contiguous"),
@@ -213,4 +213,4 @@ def test_errors_are_of_the_type_that_natten_raised(call, kind, says):
 
 def test_backends_that_fit_the_device_are_natrains_choice():
     assert torch.equal(v020.na2d(Q, Q, Q, 3, backend="flex-fna"), v020.na2d(Q, Q, Q, 3))
-    assert torch.equal(v020.attention_(T, T, T, backend="flex-fmha"), v020.attention_(T, T, T))
+    assert torch.equal(v020.attention(T, T, T, backend="flex-fmha"), v020.attention(T, T, T))
