@@ -168,6 +168,14 @@ struct Plan {
     return int(std::min<int64_t>({wanted, most, int64_t(cut.tiles.size())}));
   }
 
+  // Elements ahead of a token's row to ask the memory for: the next tokens, or where a unit is small the next head, which
+  // is the next unit.
+  int64_t prefetch_step(const TensorArgument& tensor) const {
+    constexpr int64_t small_unit = 256, tokens_ahead = 16;
+    const bool is_small = int64_t(axes[0][0].n) * axes[1][0].n * axes[2][0].n <= small_unit;
+    return is_small ? tensor.head : tokens_ahead * tensor.token[2] * a.dilation[2];
+  }
+
   int64_t units_per_head() const { return a.batch * groups * slabs; }
 };
 

@@ -70,14 +70,14 @@ template <class E>
 inline bool pack_row(const Plan& plan, const Unit& unit, const PackedBox& box, const TensorArgument& tensor, int z, int y,
                      Real* natural, Real* transposed, Real* block) {
   const int dims = box.dims, lanes = box.dim_lanes;
-  const int64_t step = tensor.token[2] * plan.a.dilation[2];
+  const int64_t step = tensor.token[2] * plan.a.dilation[2], ahead = plan.prefetch_step(tensor);
   const E* from = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, z, y, box.first[2]);
   Vector check = {};
   for (int x = 0; x < box.width; x += LANES) {
     const int count = std::min(LANES, box.width - x);
     Real* to = natural ? natural + int64_t(x) * lanes : block;
     for (int i = 0; i < count; ++i, from += step) {
-      prefetch_row(from + 16 * step, dims);
+      prefetch_row(from + ahead, dims);
       read_row(from, dims, Real(1), to + i * lanes);
       for (int d = 0; d < lanes; d += LANES) check += load(to + i * lanes + d) * Real(0);
     }
@@ -269,7 +269,7 @@ struct TileRows {
 template <class E>
 inline bool gather_queries(const Plan& plan, const Unit& unit, const TensorArgument& tensor, const Span& z,
                            const Span& y, int from, int to, Real factor, Real* rows) {
-  const int64_t step = tensor.token[2] * plan.a.dilation[2];
+  const int64_t step = tensor.token[2] * plan.a.dilation[2], ahead = plan.prefetch_step(tensor);
   const int lanes = plan.dim_lanes;
   Vector check = {};
   for (int tx = from; tx < to; ++tx) {
@@ -278,7 +278,7 @@ inline bool gather_queries(const Plan& plan, const Unit& unit, const TensorArgum
       for (int qy = y.query; qy < y.query_end; ++qy) {
         const E* row = static_cast<const E*>(tensor.data) + unit.offset(plan.a, tensor, qz, qy, x.query);
         for (int qx = x.query; qx < x.query_end; ++qx, row += step, rows += lanes) {
-          prefetch_row(row + 16 * step, plan.a.head_dim);
+          prefetch_row(row + ahead, plan.a.head_dim);
           read_row(row, plan.a.head_dim, factor, rows);
           for (int d = 0; d < lanes; d += LANES) check += load(rows + d) * Real(0);
         }
