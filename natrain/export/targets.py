@@ -93,7 +93,6 @@ def export(
     """
     target = _check(to, out, precision, device, decompose)
     metadata = {"natrain": json.dumps(description or {})}
-    out.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: AOTInductor takes no other name.
     temporary = out.with_name(f".{out.stem}.{os.getpid()}.tmp{out.suffix}")
     try:
@@ -130,6 +129,14 @@ def _check(to: str, out: Path, precision: str, device: str, decompose: bool) -> 
     if decompose and target.only_decomposed:
         raise invalid("--decompose", True, f"an option of torch-export; {to} is always decomposed", "without it")
     target.check_install()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise invalid(
+            "--out", str(out), f"a file in a folder that can be made ({error})", "--out model.onnx"
+        ) from error
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise invalid("--out", str(out), "a file, in a folder that can be written to", f"--out {out.name}")
     return target
 
 

@@ -31,6 +31,14 @@ def test_arguments(tmp_path, to, out, options, says):
     assert not list(tmp_path.iterdir())
 
 
+def test_places_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.onnx").mkdir()
+    for out in (tmp_path / "file" / "model.onnx", tmp_path / "folder.onnx"):
+        with pytest.raises(ValueError, match="--out"):
+            export(small_model(), INPUT, "onnx", out)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no CUDA device")
 def test_no_cuda_device(tmp_path):
     with pytest.raises(ValueError, match="torch sees no CUDA device"):
