@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -39,6 +41,20 @@ def test_program(checkpoint, tmp_path, capsys):
     assert "largest difference" in capsys.readouterr().out
     program = torch.export.load(out)
     torch.testing.assert_close(program.module()(images_of(3)), logits_of(model, images_of(3)), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_run(tmp_path):
+    pytest.importorskip("sklearn", reason="needs scikit-learn's digits")
+    run = ["train", "model=nat_digits", "data=digits", f"run_dir={tmp_path}/run", "trainer.max_steps=2"]
+    quick = ["global_batch=8", "data.workers=0", "trainer.accelerator=cpu", "schedule.warmup_epochs=0"]
+    assert main([*run, *quick, "trainer.progress_bar=false"]) == 0
+    last, out = tmp_path / "run" / "checkpoints" / "last.ckpt", tmp_path / "model.pt2"
+    assert main(["export", "--checkpoint", str(last), "--to", "torch-export", "--decompose", "--out", str(out)]) == 0
+    extra = {"natrain.json": ""}
+    program = torch.export.load(out, extra_files=extra)
+    assert program.module()(torch.zeros(5, 1, 8, 8)).shape == (5, 10)
+    assert json.loads(extra["natrain.json"])["class_names"] == [str(digit) for digit in range(10)]
 
 
 def test_weights_in_another_layout(checkpoint, tmp_path):
