@@ -16,7 +16,7 @@ ROOMS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"data", "bench", "compat", "export"},
+    {"data", "bench", "compat", "viz", "export"},
     {"training"},
     {"cli"},
 ]

@@ -19,6 +19,7 @@ COMMANDS = {
     "finetune": ("finetune", "train a checkpoint on: natrain finetune checkpoint=FILE data=imagefolder data.root=DIR"),
     "eval": ("evaluate", "accuracy of a checkpoint: natrain eval checkpoint=FILE"),
     "predict": ("predict", "classes of images: natrain predict IMAGE... --checkpoint FILE --topk 5"),
+    "viz": ("viz", "pictures: natrain viz attention IMAGE --checkpoint FILE; viz rpb FILE; viz windows model=NAME"),
     "import": ("import_", "checkpoints of other code: natrain import CHECKPOINT --out model.safetensors"),
     "export": ("export", "models for other programs: natrain export --checkpoint FILE --to onnx --out model.onnx"),
     "surgery": ("surgery", "weights for another size: natrain surgery IN OUT kernel_size=11 img_size=384"),

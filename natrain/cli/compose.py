@@ -56,8 +56,9 @@ def override_config(config: DictConfig, overrides: list[str]) -> DictConfig:
         ValueError: as ``compose_config``; also a group choice, which only composing can honour.
     """
     schema = read_schema()
-    config = OmegaConf.merge(_compose([]), config)  # a file of an older version lacks the settings added since
-    OmegaConf.set_struct(config, False)
+    defaults = _compose([])
+    OmegaConf.set_struct(defaults, False)  # model.args may hold any key
+    config = OmegaConf.merge(defaults, config)  # a file of an older version lacks the settings added since
     for word in overrides:
         override = OverridesParser.create().parse_override(_checked(word, schema))
         key = override.key_or_group

@@ -248,6 +248,15 @@ class GlobalAttention2d(nn.Module):
         offset_x = (x[None, :] - x[:, None] + width - 1)[None, :, None, :]
         return (offset_y * (2 * width - 1) + offset_x).reshape(height * width, height * width)
 
+    @torch.no_grad()
+    def attention_probs(self, x_BYXC: Tensor) -> tuple[Tensor, Fit]:
+        """As of the neighborhood attention layers; every token is a key, in row-major order."""
+        q_BYXND, k_BYXND, _ = self.qkv(x_BYXC).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        scores = torch.einsum("btnd,bsnd->btns", q_BYXND.flatten(1, 2), k_BYXND.flatten(1, 2)) * self.head_dim**-0.5
+        bias_NTT = self.rpb.flatten(1)[:, self.relative_position_index]
+        probs = (scores + bias_NTT.transpose(0, 1)).float().softmax(-1)
+        return probs.unflatten(1, self.input_size), Fit(self.input_size, (1, 1), (1, 1), (0, 0))
+
     def forward(self, x_BYXC: Tensor) -> Tensor:
         if tuple(x_BYXC.shape[1:3]) != self.input_size:
             raise invalid(
