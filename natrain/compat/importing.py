@@ -68,10 +68,11 @@ class _Distribution(importlib.metadata.Distribution):
         self._version = version
 
     def read_text(self, filename: str) -> str | None:
-        if filename != "METADATA":
-            return None
         summary = "Summary: natrain's stand-in for NATTEN (natrain.compat)"
-        return f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {self._version}\n{summary}\n"
+        return {
+            "METADATA": f"Metadata-Version: 2.1\nName: {NAME}\nVersion: {self._version}\n{summary}\n",
+            "top_level.txt": f"{NAME}\n",
+        }.get(filename)
 
     def locate_file(self, path: Any) -> Any:
         raise FileNotFoundError(f"{NAME} is natrain's stand-in and has no files")

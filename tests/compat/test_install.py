@@ -28,6 +28,7 @@ def test_install(tmp_path):
         assert "docs/compat.md" in str(caught[0].message)
         assert importlib.util.find_spec("natten") is not None
         assert importlib.metadata.version("natten") == "0.15.1"
+        assert importlib.metadata.packages_distributions()["natten"] == ["natten"]
         assert importlib.metadata.version("torch")
         import natten
         from natten.functional import na3d_qk_with_bias
