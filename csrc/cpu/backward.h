@@ -101,10 +101,16 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
   const auto leave = [&](int z, int y) {
     const int at[3] = {z, y, 0};
     if (cut < 2 && (at[cut] < own_first[cut] || at[cut] >= own_end[cut])) return;
-    for (int x = own_first[2]; x < own_end[2]; ++x) {
-      const int64_t from = box.natural(box.row(z, y)) + int64_t(x - box.first[2]) * lanes;
-      write_row(static_cast<E*>(a.d_k.data) + unit.offset(a, a.d_k, z, y, x), box.dims, Real(1), d_keys + from);
-      write_row(static_cast<E*>(a.d_v.data) + unit.offset(a, a.d_v, z, y, x), box.dims, Real(1), d_values + from);
+    E* d_k = static_cast<E*>(a.d_k.data) + unit.offset(a, a.d_k, z, y, own_first[2]);
+    E* d_v = static_cast<E*>(a.d_v.data) + unit.offset(a, a.d_v, z, y, own_first[2]);
+    int64_t from = box.natural(box.row(z, y)) + int64_t(own_first[2] - box.first[2]) * lanes;
+    for (int x = own_first[2]; x < own_end[2]; ++x, from += lanes) {
+      prefetch_row_to_write(d_k + plan.prefetch_step(a.d_k), box.dims);
+      prefetch_row_to_write(d_v + plan.prefetch_step(a.d_v), box.dims);
+      write_row(d_k, box.dims, Real(1), d_keys + from);
+      write_row(d_v, box.dims, Real(1), d_values + from);
+      d_k += a.d_k.token[2] * a.dilation[2];
+      d_v += a.d_v.token[2] * a.dilation[2];
     }
   };
   RowRing<decltype(pack), decltype(leave)> ring(plan, box, scratch, pack, leave);
@@ -129,7 +135,12 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
     for (int b = 0; b < blocks; ++b) {
       const int from = queries * b / blocks, count = queries * (b + 1) / blocks - from;
       int at[QUERY_BLOCK][3];
-      for (int i = 0; i < count; ++i) tile.position(from + i, at[i]);
+      for (int i = 0; i < count; ++i) {
+        tile.position(from + i, at[i]);
+        if (!is_own) continue;
+        const int64_t offset = unit.offset(a, a.d_q, at[i][0], at[i][1], at[i][2]);
+        prefetch_row_to_write(static_cast<E*>(a.d_q.data) + offset, box.dims);
+      }
       const Real* q = rows + int64_t(before + from) * lanes;
       const Real* d_out = d_outs + int64_t(before + from) * lanes;
       score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, scores,

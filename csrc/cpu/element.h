@@ -67,10 +67,16 @@ inline float16 narrow<float16>(Real x) {
 #endif
 }
 
-// A hint: any address will do.
+// Hints: any address will do.
 template <class E>
 inline void prefetch_row(const E* row, int count) {
   for (int i = 0; i < count; i += 64 / int(sizeof(E))) __builtin_prefetch(row + i);
+}
+
+// A store to memory that is in no cache would hold up all stores after it.
+template <class E>
+inline void prefetch_row_to_write(const E* row, int count) {
+  for (int i = 0; i < count; i += 64 / int(sizeof(E))) __builtin_prefetch(row + i, 1);
 }
 
 // `to` has room for whole vectors; what lies beyond `count` becomes 0.

@@ -76,7 +76,11 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
     for (int b = 0; b < blocks; ++b) {
       const int from = queries * b / blocks, count = queries * (b + 1) / blocks - from;
       int at[QUERY_BLOCK][3];
-      for (int i = 0; i < count; ++i) tile.position(from + i, at[i]);
+      for (int i = 0; i < count; ++i) {
+        tile.position(from + i, at[i]);
+        const int64_t out_at = unit.offset(a, a.out, at[i][0], at[i][1], at[i][2]);
+        prefetch_row_to_write(static_cast<E*>(a.out.data) + out_at, box.dims);
+      }
       const Real* q = rows + int64_t(before + from) * lanes;
       score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, scores,
                     tile.lanes);
