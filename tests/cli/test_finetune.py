@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -152,7 +151,6 @@ def test_half_of_cifar10_helps_to_learn_the_other_half(shared_data, tmp_path, mo
     images = ["data=imagefolder", "data.img_size=32", "data.crop_pct=1", "augment.scale=[0.5,1]"]
     images += ["augment.rand_augment=null", "augment.color_jitter=null", "augment.random_erasing=0", *QUIET]
     few = ["data.root=new", "global_batch=25", "schedule.warmup_epochs=1"]
-    started = time.process_time()
 
     def top1(*words: str) -> float:
         assert main([*words, *images]) == 0
@@ -165,4 +163,3 @@ def test_half_of_cifar10_helps_to_learn_the_other_half(shared_data, tmp_path, mo
     plain = ["recipe=finetune", "schedule.epochs=10", "optim.layer_decay=null", "finetune.head_init_scale=1"]
     scratch = top1("train", *small, *few, *plain, "optim.lr=1e-3", "name=scratch")
     assert tuned >= scratch + 4, (tuned, scratch)
-    assert time.process_time() - started < 120
