@@ -133,12 +133,22 @@ def write_classes(table: Path, root: Path, classes: list[str], count: int) -> No
     assert not any(left.values())
 
 
+@pytest.fixture
+def one_thread():
+    """One core, as the time below is stated for; several threads on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_half_of_cifar10_helps_to_learn_the_other_half(shared_data, tmp_path, monkeypatch, capsys):
     """500 images of five new classes: a model that knows five other classes learns them better than from scratch.
 
-    A tenth of nat_cifar's size, so that all three runs take less than two minutes of one core. Measured: 59 %
-    fine-tuned, 49 to 51 % from scratch at learning rates of 1e-3 and 3e-3; the margin asked for is half of that.
+    An eighth of nat_cifar's parameters, so that the three runs take under two minutes of one core. Measured: 60.0 %
+    fine-tuned and 50.6 % from scratch (49.0 % at a learning rate of 3e-3); the margin asked for is 5 points.
     """
     monkeypatch.chdir(tmp_path)
     cifar = shared_data / "cifar10"
@@ -162,4 +172,4 @@ def test_half_of_cifar10_helps_to_learn_the_other_half(shared_data, tmp_path, mo
     tuned = top1("finetune", start, *few, "epochs=10", "lr=3e-3", "optim.layer_decay=0.7", "name=tuned")
     plain = ["recipe=finetune", "schedule.epochs=10", "optim.layer_decay=null", "finetune.head_init_scale=1"]
     scratch = top1("train", *small, *few, *plain, "optim.lr=1e-3", "name=scratch")
-    assert tuned >= scratch + 4, (tuned, scratch)
+    assert tuned >= scratch + 5, (tuned, scratch)
