@@ -40,8 +40,10 @@ def test_the_wheel_holds_package_configs_and_sources(wheel, repository):
     for name in SHIPPED:
         inside = "" if name == "natrain" else "natrain/"
         for path in (repository / name).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts and (
-                name != "natrain" or path.suffix in (".py", ".safetensors")
+            if (
+                path.is_file()
+                and "__pycache__" not in path.parts
+                and (name != "natrain" or path.suffix in (".py", ".safetensors"))
             ):
                 assert inside + path.relative_to(repository).as_posix() in packed
 
