@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -27,6 +31,22 @@ def foreign(tmp_path: Path) -> Path:
     }
     torch.save({"model": state}, tmp_path / "digits.pth.tar")
     return tmp_path / "digits.pth.tar"
+
+
+@pytest.fixture(params=["file", "address"])
+def place(request, foreign: Path, tmp_path: Path) -> Iterator[str]:
+    """The foreign weights as ``checkpoint=`` names them: a file, and an address on this machine."""
+    if request.param == "file":
+        yield str(foreign)
+        return
+    before = torch.hub.get_dir()
+    torch.hub.set_dir(str(tmp_path / "hub"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(foreign.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/{foreign.name}"
+        server.shutdown()
+    torch.hub.set_dir(before)
 
 
 def test_import_writes_one_file_with_everything_inside(foreign: Path, tmp_path: Path, capsys) -> None:
@@ -57,8 +77,8 @@ def test_import_of_a_run(tmp_path: Path, capsys) -> None:
         assert torch.equal(loaded.model.state_dict()[name], stored[key][prefix + name])
 
 
-def test_eval_of_foreign_weights(foreign: Path, capsys) -> None:
-    assert main(["eval", f"checkpoint={foreign}", "data=digits", *CPU]) == 0
+def test_eval_of_foreign_weights(place: str, capsys) -> None:
+    assert main(["eval", f"checkpoint={place}", "data=digits", *CPU]) == 0
     assert "top-1 98.33 %" in capsys.readouterr().out
 
 
@@ -67,20 +87,20 @@ def test_eval_of_published_weights(capsys) -> None:
     assert "top-1 98.33 %" in capsys.readouterr().out
 
 
-def test_training_starts_from_foreign_weights(foreign: Path, tmp_path: Path, capsys) -> None:
+def test_training_starts_from_foreign_weights(place: str, tmp_path: Path, capsys) -> None:
     run = ["model=nat_digits", "data=digits", "recipe=digits", f"run_dir={tmp_path}/run", "trainer.max_steps=1", *CPU]
     frozen = ["optim.lr=0", "schedule.warmup_lr=0", "schedule.min_lr=0"]
-    assert main(["train", f"checkpoint={foreign}", *run, *frozen]) == 0
+    assert main(["train", f"checkpoint={place}", *run, *frozen]) == 0
     assert "top-1 98.33 %" in capsys.readouterr().out
 
 
-def test_predict_with_foreign_weights(foreign: Path, tmp_path: Path, capsys) -> None:
+def test_predict_with_foreign_weights(place: str, tmp_path: Path, capsys) -> None:
     from natrain.data.digits import read_digits
 
     split = read_digits().val
     image, target = split.load(0, "L"), int(split.targets[0])
     image.save(tmp_path / "digit.png")
-    assert main(["predict", str(tmp_path / "digit.png"), "--checkpoint", str(foreign), "--topk", "1"]) == 0
+    assert main(["predict", str(tmp_path / "digit.png"), "--checkpoint", place, "--topk", "1"]) == 0
     assert capsys.readouterr().out.split()[-1] == str(target)
 
 
