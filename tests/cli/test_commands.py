@@ -191,7 +191,7 @@ def test_module_and_script_are_the_command(repository, tmp_path):
 def test_every_environment_variable_is_read_somewhere(repository):
     sources = [
         *(repository / "natrain").rglob("*.py"),
-        *(repository / "scripts").iterdir(),
+        *(path for path in (repository / "scripts").rglob("*") if path.suffix in (".py", ".sh")),
         *(repository / "tests").glob("*.py"),
     ]
     text = "".join(path.read_text() for path in sources if path != Path(env.__file__))
