@@ -51,15 +51,18 @@ LAYERS = (
 )
 
 
-def median_s(contenders: Mapping[str, Callable[[], object]], runs: int) -> dict[str, float]:
+def median_s(contenders: Mapping[str, Callable[[], object]], runs: int, is_warm: bool = False) -> dict[str, float]:
     """Median seconds of each contender over interleaved runs, after one that is not counted.
 
     Wall time; with one thread the process's own time, which others on the machine can slow but not stretch.
+    Every contender finds the caches as the one before left them; ``is_warm``: as a call of its own left them.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for run in range(runs + 1):
         for name, call in contenders.items():
+            if is_warm:
+                call()
             started = clock()
             call()
             if run:
@@ -93,10 +96,13 @@ def _dense_attention(layer: CpuLayer) -> tuple[Callable, Callable]:
     return torch.no_grad()(attend), lambda: torch.autograd.grad(attend(), (q, k, v, mask), d_out)
 
 
-def layer_table(runs: int, with_reference: bool) -> None:
+def layer_table(runs: int, with_reference: bool, is_warm: bool) -> None:
     """Print one line a layer: useful GFLOP/s, their share of torch.mm's in the same rounds, and the peers' times."""
     a, b = torch.randn(2, MM_SIZE, MM_SIZE)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, medians of {runs} interleaved runs")
+    print(
+        f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32, medians of {runs} interleaved runs, "
+        f"{'warm' if is_warm else 'cold'} caches"
+    )
     for layer in LAYERS:
         forward, both = _attention(layer, "cpu")
         contenders = {"mm": lambda: a @ b, "forward": forward, "both": both}
@@ -104,7 +110,7 @@ def layer_table(runs: int, with_reference: bool) -> None:
             contenders["dense forward"], contenders["dense both"] = _dense_attention(layer)
         if with_reference:
             contenders["reference forward"], contenders["reference both"] = _attention(layer, "reference")
-        seconds = median_s(contenders, runs)
+        seconds = median_s(contenders, runs, is_warm)
         mm_rate = 2 * MM_SIZE**3 / seconds.pop("mm")
         cells = [f"{layer.name:>5}", f"mm {mm_rate / 1e9:6.1f} GFLOP/s"]
         for name, flops in (("forward", layer.forward_flops), ("both", 3.5 * layer.forward_flops)):
