@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,11 @@ from torch.autograd import forward_ad
 from natrain.ops import reference
 from natrain.ops.registry import FusedKernel, Kernel, UnfusedAttentionKernel, UnfusedKernel, choose, get_kernel
 from natrain.ops.run import Run, needs_grad, ops, refuse
+
+
+def _unpacked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """(q, k, v) of ``tensors``, which are that or one packed [B, *S, 3, N, D]; views, no copies."""
+    return tensors if len(tensors) == 3 else tensors[0].unbind(-3)
 
 
 def _compose(
@@ -60,7 +66,7 @@ class _FusedAttention(torch.autograd.Function):
 
 def attention(tensors: tuple[Tensor, ...], rpb: Tensor | None, seed: Tensor | None, run: Run, *, autograd: bool):
     """Choose and run a kernel on (q, k, v) or (qkv,); under ``autograd`` the result is differentiable."""
-    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+    q, k, v = _unpacked(tensors)
     is_recorded = autograd and needs_grad(*tensors, rpb)
     kernel = choose(run.problem(q, rpb, needs_grad=is_recorded), run.kernel)
     run = replace(run, kernel=kernel.name)
@@ -114,7 +120,7 @@ class _ProbsAttention(torch.autograd.Function):
     def _differentiable_backward(ctx, d_out, d_lse, rpb, seed, tensors):
         arguments = [None, rpb, None, *tensors]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+        q, k, v = _unpacked(tensors)
         outputs = _compose(get_kernel(ctx.run.kernel), q, k, v, rpb, seed, ctx.run)
         given = [(out, d) for out, d in zip(outputs, (d_out, d_lse), strict=True) if d is not None]
         grads = torch.autograd.grad(
@@ -126,7 +132,7 @@ class _ProbsAttention(torch.autograd.Function):
 
 
 def attention_probs(tensors, rpb, seed, run: Run):
-    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
+    q, k, v = _unpacked(tensors)
     kernel, problem = get_kernel(run.kernel), run.problem(q, rpb, needs_grad=False)
     assert isinstance(kernel, UnfusedAttentionKernel)
     return kernel.forward(problem, q, k, v, rpb, seed, run.scale, run.dropout_p)
@@ -136,8 +142,8 @@ def attention_probs_backward(d_out, d_lse, tensors, rpb, probs, seed, run: Run):
     kernel, problem = get_kernel(run.kernel), run.problem(d_out, rpb, needs_grad=True)
     assert isinstance(kernel, UnfusedAttentionKernel)
     d_tensors = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
-    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
-    d_q, d_k, d_v = d_tensors if len(tensors) == 3 else d_tensors[0].unbind(-3)
+    q, k, v = _unpacked(tensors)
+    d_q, d_k, d_v = _unpacked(d_tensors)
     d_rpb = kernel.backward(
         problem, d_out, d_lse, q, k, v, probs, seed, run.scale, run.dropout_p, d_q, d_k, d_v
     )  # fmt: skip
@@ -156,14 +162,15 @@ def fake_attention_probs(tensors, run: Run):
 
 def attention_backward(tensors, d_out, d_lse, rpb, out, lse, seed, run: Run):
     """Gradients in the layout of ``tensors``, then rpb's (empty where there is none)."""
-    kernel = choose(run.problem(out, rpb, needs_grad=True), run.kernel)
+    problem = run.problem(out, rpb, needs_grad=True)
+    kernel = choose(problem, run.kernel)
     assert isinstance(kernel, FusedKernel)
     # Explicitly contiguous: the inputs may be views with gaps or expanded axes, which a gradient must not inherit.
     d_tensors = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
-    q, k, v = tensors if len(tensors) == 3 else tensors[0].unbind(-3)
-    d_q, d_k, d_v = d_tensors if len(tensors) == 3 else d_tensors[0].unbind(-3)
+    q, k, v = _unpacked(tensors)
+    d_q, d_k, d_v = _unpacked(d_tensors)
     d_rpb = kernel.backward(
-        run.problem(out, rpb, needs_grad=True),
+        problem,
         d_out, d_lse, q, k, v, rpb, out, lse, seed, run.scale, run.dropout_p, d_q, d_k, d_v,
     )  # fmt: skip
     return *d_tensors, out.new_empty(0) if d_rpb is None or rpb is None else d_rpb.to(rpb.dtype)

@@ -62,58 +62,44 @@ class _QK(_Primitive):
         )
 
 
-class _AV(_Primitive):
+class _Gather(_Primitive):
+    """av and inverse, each other's adjoint: one sums over a query's keys, the other over a key's queries."""
+
     @staticmethod
-    def forward(run: Run, weights, v):
+    def forward(run: Run, weights, x, is_inverse: bool):
         with _AutoDispatchBelowAutograd():
-            return ops.av(weights, v, *run.window_args, run.kernel)
+            return _gather(run, weights, x, is_inverse)
 
     @staticmethod
-    def backward(ctx, d_out):
-        weights, v = ctx.saved_tensors
-        window, kernel = ctx.run.window_args, ctx.run.kernel
-        _, needs_weights, needs_v = ctx.needs_input_grad
-        return (
-            None,
-            ops.qk(d_out, v, None, *window, 1.0, 0.0, kernel) if needs_weights else None,
-            ops.inverse(weights, d_out, *window, kernel) if needs_v else None,
-        )
-
-    @staticmethod
-    def jvp(ctx, _, t_weights, t_v):
-        weights, v = ctx.saved_tensors
-        window, kernel = ctx.run.window_args, ctx.run.kernel
-        return _sum(
-            None if t_weights is None else ops.av(t_weights, v, *window, kernel),
-            None if t_v is None else ops.av(weights, t_v, *window, kernel),
-        )
-
-
-class _Inverse(_Primitive):
-    @staticmethod
-    def forward(run: Run, weights, x):
-        with _AutoDispatchBelowAutograd():
-            return ops.inverse(weights, x, *run.window_args, run.kernel)
+    def setup_context(ctx, inputs, output):
+        *others, ctx.is_inverse = inputs
+        _Primitive.setup_context(ctx, others, output)
 
     @staticmethod
     def backward(ctx, d_out):
         weights, x = ctx.saved_tensors
-        window, kernel = ctx.run.window_args, ctx.run.kernel
-        _, needs_weights, needs_x = ctx.needs_input_grad
+        run, (_, needs_weights, needs_x, _) = ctx.run, ctx.needs_input_grad
+        # The outputs of av lie at the queries, those of inverse at the keys.
+        at_queries, at_keys = (x, d_out) if ctx.is_inverse else (d_out, x)
         return (
             None,
-            ops.qk(x, d_out, None, *window, 1.0, 0.0, kernel) if needs_weights else None,
-            ops.av(weights, d_out, *window, kernel) if needs_x else None,
+            ops.qk(at_queries, at_keys, None, *run.window_args, 1.0, 0.0, run.kernel) if needs_weights else None,
+            _gather(run, weights, d_out, not ctx.is_inverse) if needs_x else None,
+            None,
         )
 
     @staticmethod
-    def jvp(ctx, _, t_weights, t_x):
+    def jvp(ctx, _, t_weights, t_x, __):
         weights, x = ctx.saved_tensors
-        window, kernel = ctx.run.window_args, ctx.run.kernel
         return _sum(
-            None if t_weights is None else ops.inverse(t_weights, x, *window, kernel),
-            None if t_x is None else ops.inverse(weights, t_x, *window, kernel),
+            None if t_weights is None else _gather(ctx.run, t_weights, x, ctx.is_inverse),
+            None if t_x is None else _gather(ctx.run, weights, t_x, ctx.is_inverse),
         )
+
+
+def _gather(run: Run, weights: Tensor, x: Tensor, is_inverse: bool) -> Tensor:
+    op = ops.inverse if is_inverse else ops.av
+    return op(weights, x, *run.window_args, run.kernel)
 
 
 class _RpbGrad(_Primitive):
@@ -155,13 +141,13 @@ def av(weights, v, run: Run, *, autograd: bool) -> Tensor:
     if not isinstance(kernel, UnfusedKernel):
         return reference.av(weights, v, run.window)
     if autograd:
-        return _AV.apply(replace(run, kernel=kernel.name), weights, v)
+        return _Gather.apply(replace(run, kernel=kernel.name), weights, v, False)
     return kernel.av(problem, weights, v)
 
 
 def inverse(weights, x, run: Run, *, autograd: bool) -> Tensor:
     if autograd:
-        return _Inverse.apply(run, weights, x)
+        return _Gather.apply(run, weights, x, True)
     kernel = get_kernel(run.kernel)
     assert isinstance(kernel, UnfusedKernel), "only derivatives of unfused kernels ask for inverse"
     return kernel.inverse(run.problem(x, None, needs_grad=False, unfused=True), weights, x)
