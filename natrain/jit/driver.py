@@ -14,6 +14,8 @@ import torch
 
 _Parameters = ctypes.c_char_p * 1
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not yet touched the device
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_GRANTED_SHARED = 48 * 1024  # bytes of shared memory a block gets without asking
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,24 +56,41 @@ class CudaKernel:
         self.name = name
         self._library = library
         self._handle = ctypes.c_void_p()
+        self._largest_shared: dict[int, int] = {}
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
 
-    def launch(self, grid: int, block: int, arguments: bytes, device: int) -> None:
+    def allow_shared(self, shared: int, device: int) -> None:
+        """Let ``launch`` ask for ``shared`` bytes of dynamic shared memory; needed beyond 48 KiB, once a device.
+
+        Raises:
+            RuntimeError: a block of that device cannot have so much.
+        """
+        if shared <= self._largest_shared.get(device, _GRANTED_SHARED):
+            return
+        handle = ctypes.c_int()
+        _check(_cuda().cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+        status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared, self._handle, handle)
+        _check(status, f"asking for {shared} bytes of shared memory for {self.name}")
+        self._largest_shared[device] = shared
+
+    def launch(self, grid: int, block: int, arguments: bytes, device: int, shared: int = 0) -> None:
         """Run ``grid`` blocks of ``block`` threads on torch's current stream of ``device``; nothing when grid is 0.
 
-        ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns.
+        ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns. ``shared``: bytes
+        of dynamic shared memory.
         """
         if not grid:
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         # One parameter: the address of the struct, which is that of the bytes.
-        launch = (self._handle, grid, 1, 1, block, 1, 1, 0, stream, _Parameters(arguments), None)
+        launch = (self._handle, grid, 1, 1, block, 1, 1, shared, stream, _Parameters(arguments), None)
         if device == torch._C._cuda_getDevice():
             status = _launch(device, launch)
         else:
             with torch.cuda.device(device):
                 status = _launch(device, launch)
-        _check(status, f"launching {self.name}")
+        if status:
+            _check(status, f"launching {self.name}")
 
 
 def _launch(device: int, launch: tuple) -> int:

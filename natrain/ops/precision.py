@@ -1,0 +1,21 @@
+"""May float32 products on the GPU run in TF32 (10 bits of mantissa)? Torch's own setting, whichever one was used."""
+
+from __future__ import annotations
+
+import torch
+
+# Torch from 2.9 on keeps one state behind all three settings, and its own readers of the older two raise where the newest
+# was used.
+_fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
+
+
+def is_tf32_allowed() -> bool:
+    """Whether torch lets float32 matrix products on CUDA use TF32 now.
+
+    True after ``torch.set_float32_matmul_precision`` of "high" or "medium", ``torch.backends.cuda.matmul.allow_tf32 =
+    True``, or, from torch 2.9 on, ``fp32_precision = "tf32"`` of ``torch.backends.cuda.matmul`` or ``torch.backends``.
+    Asked when a kernel is launched, backward included.
+    """
+    if _fp32_precision is not None:
+        return _fp32_precision("cuda", "matmul") == "tf32"
+    return torch.backends.cuda.matmul.allow_tf32
