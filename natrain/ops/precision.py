@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# Torch from 2.9 on keeps one state behind all three settings, and its own readers of the older two raise where the newest
+# Torch from 2.9 on keeps one state behind all three settings; its own readers of the older two raise where the newest
 # was used.
 _fp32_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
