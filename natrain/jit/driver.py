@@ -59,31 +59,22 @@ class CudaKernel:
         self._largest_shared: dict[int, int] = {}
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
 
-    def allow_shared(self, shared: int, device: int) -> None:
-        """Let ``launch`` ask for ``shared`` bytes of dynamic shared memory; needed beyond 48 KiB, once a device.
-
-        Raises:
-            RuntimeError: a block of that device cannot have so much.
-        """
-        if shared <= self._largest_shared.get(device, _GRANTED_SHARED):
-            return
-        handle = ctypes.c_int()
-        _check(_cuda().cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
-        status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared, self._handle, handle)
-        _check(status, f"asking for {shared} bytes of shared memory for {self.name}")
-        self._largest_shared[device] = shared
-
-    def launch(self, grid: int, block: int, arguments: bytes, device: int, shared: int = 0) -> None:
+    def launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int = 0) -> None:
         """Run ``grid`` blocks of ``block`` threads on torch's current stream of ``device``; nothing when grid is 0.
 
-        ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns. ``shared``: bytes
-        of dynamic shared memory.
+        ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns. ``shared_bytes``:
+        dynamic shared memory of a block.
+
+        Raises:
+            RuntimeError: the driver refuses, for example because no block of that device has so much shared memory.
         """
         if not grid:
             return
+        if shared_bytes > self._largest_shared.get(device, _GRANTED_SHARED):
+            self._ask_for_shared(shared_bytes, device)
         stream = torch._C._cuda_getCurrentRawStream(device)
         # One parameter: the address of the struct, which is that of the bytes.
-        launch = (self._handle, grid, 1, 1, block, 1, 1, shared, stream, _Parameters(arguments), None)
+        launch = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, _Parameters(arguments), None)
         if device == torch._C._cuda_getDevice():
             status = _launch(device, launch)
         else:
@@ -91,6 +82,13 @@ class CudaKernel:
                 status = _launch(device, launch)
         if status:
             _check(status, f"launching {self.name}")
+
+    def _ask_for_shared(self, shared_bytes: int, device: int) -> None:
+        handle = ctypes.c_int()
+        _check(_cuda().cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
+        status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared_bytes, self._handle, handle)
+        _check(status, f"asking for {shared_bytes} bytes of shared memory for {self.name}")
+        self._largest_shared[device] = shared_bytes
 
 
 def _launch(device: int, launch: tuple) -> int:
