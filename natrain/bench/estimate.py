@@ -1,0 +1,84 @@
+"""What a problem costs at the least, and a guess of what it takes: bytes, FLOPs, seconds. Pure arithmetic, no device.
+
+The guess plans sweeps (which sizes, how long); it never enters a result. Its rates describe one H200 and come from the
+naive kernels' first measurements (docs/performance.md); slower devices scale by their copy bandwidth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from natrain.bench.case import Case
+
+DIRECTIONS = ("forward", "backward")
+# Products of queries, keys, values or their gradients: q.k and p.v; again q.k, d_out.v, and one a gradient.
+_PRODUCTS = {"forward": 2, "backward": 5}
+_FEATURES = {"forward": 4, "backward": 8}  # q, k, v, out; with d_out and three gradients
+_WEIGHT_MOVES = {"forward": 4, "backward": 7}  # of an unfused kernel: see ``unfused_floor_bytes``
+
+
+def flops(case: Case, direction: str) -> int:
+    """Useful ones: 2 per multiply-add of a query with a neighbour, whatever a kernel computes besides.
+
+    Backward counts 2.5 times the forward's, the scores once more, as FlashAttention's and this project's tables do.
+    """
+    pairs = case.batch * case.tokens * case.heads * case.window.num_neighbors
+    return 2 * pairs * case.head_dim * _PRODUCTS[direction]
+
+
+def feature_bytes(case: Case) -> int:
+    """Of q, or k, v, out."""
+    return case.batch * case.tokens * case.heads * case.head_dim * case.dtype.itemsize
+
+
+def weight_bytes(case: Case) -> int:
+    """Of the attention weights that an unfused kernel stores."""
+    return case.batch * case.tokens * case.heads * case.window.num_neighbors * case.dtype.itemsize
+
+
+def floor_bytes(case: Case, direction: str) -> int:
+    """What any kernel must move: q, k, v, out; backward q, k, v, out, d_out and the three gradients."""
+    return _FEATURES[direction] * feature_bytes(case)
+
+
+def unfused_floor_bytes(case: Case, direction: str) -> int:
+    """And the weights: written by qk, read and written by the softmax, read by av; backward read for d_v, written as
+    d_probs, three times in the softmax's derivative, read for d_q and for d_k."""
+    return floor_bytes(case, direction) + _WEIGHT_MOVES[direction] * weight_bytes(case)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Multiply-adds a second in 16 and in 32 bits, share of the copy bandwidth, seconds a call costs anyway."""
+
+    macs_16: float
+    macs_32: float
+    bandwidth_share: float
+    fixed_s: float
+    is_unfused: bool
+
+
+COPY_BYTES_PER_S = 3.9e12
+RATES = {
+    "naive": Rates(7.5e12, 6.0e12, 0.8, 12e-6, True),
+    "gemm": Rates(60e12, 30e12, 0.7, 12e-6, True),
+    "fused": Rates(120e12, 50e12, 0.5, 6e-6, False),
+}
+FASTEST = Rates(250e12, 120e12, 1.0, 2e-6, False)
+# Anything else (a peer, somebody's kernel, the reference): taken to be as slow as the slowest of ours.
+CPU = Rates(2e10, 2e10, 0.01, 1e-4, True)
+
+
+def seconds(case: Case, rates: Rates, direction: str) -> float:
+    """Arithmetic and memory in turn, as a kernel that overlaps neither: an upper guess."""
+    bytes_ = (unfused_floor_bytes if rates.is_unfused else floor_bytes)(case, direction)
+    macs = flops(case, direction) / 2
+    rate = rates.macs_16 if case.dtype in (torch.float16, torch.bfloat16) else rates.macs_32
+    return rates.fixed_s + macs / rate + bytes_ / (rates.bandwidth_share * COPY_BYTES_PER_S)
+
+
+def kernel_seconds(case: Case, kernel: str, direction: str, device: str) -> float:
+    """A guess for one call of ``kernel``."""
+    return seconds(case, CPU if device == "cpu" else RATES.get(kernel, RATES["naive"]), direction)
