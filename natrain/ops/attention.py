@@ -21,16 +21,29 @@ def _unpacked(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
     return tensors if len(tensors) == 3 else tensors[0].unbind(-3)
 
 
+def _for_every_head(x: Tensor, heads: int) -> Tensor:
+    """k or v with each head once for every head of q that uses it."""
+    return x if x.shape[-2] == heads else x.repeat_interleave(heads // x.shape[-2], dim=-2)
+
+
 def _compose(
-    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, seed: Tensor | None, run: Run
+    kernel: Kernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    run: Run,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) by a kernel that is made of torch operators, or of the primitives below."""
     if not isinstance(kernel, UnfusedKernel):
-        return reference.attention(q, k, v, rpb, seed, run.window, run.scale, run.dropout_p)
+        return reference.attention(q, k, v, rpb, key_mask, seed, run.window, run.scale, run.dropout_p)
+    k, v = _for_every_head(k, q.shape[-2]), _for_every_head(v, q.shape[-2])
     scores = ops.qk(q, k, rpb, *run.window_args, run.scale, -math.inf, kernel.name)
     scores = scores.to(reference.accumulate_dtype(q.dtype))
-    lse = torch.logsumexp(scores, dim=-1)
-    probs = torch.softmax(scores, dim=-1)
+    allowed = None if key_mask is None else reference.neighbor_mask(key_mask, reference.axis_windows(q, run.window))
+    lse, probs = reference.normalize(scores, allowed)
     if seed is not None:
         probs = reference.dropout(probs, seed, run.dropout_p, q.shape, slice(None), slice(None))
     return ops.av(probs.to(q.dtype), v, *run.window_args, kernel.name), lse
@@ -40,47 +53,55 @@ class _FusedAttention(torch.autograd.Function):
     """One forward and one backward. ``tensors`` is (q, k, v), or (qkv,) whose gradient is then one tensor too."""
 
     @staticmethod
-    def forward(run: Run, rpb: Tensor | None, seed: Tensor | None, *tensors: Tensor):
+    def forward(run: Run, rpb: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, *tensors: Tensor):
         op = ops.attention if len(tensors) == 3 else ops.attention_qkvpacked
         with _AutoDispatchBelowAutograd():
-            return op(*tensors, rpb, seed, *run.args)
+            return op(*tensors, rpb, key_mask, seed, *run.args)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.run, rpb, seed, *tensors = inputs
+        ctx.run, rpb, key_mask, seed, *tensors = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(rpb, seed, *output, *tensors)
+        ctx.save_for_backward(rpb, key_mask, seed, *output, *tensors)
 
     @staticmethod
     def backward(ctx, d_out, d_lse):
-        rpb, seed, out, lse, *tensors = ctx.saved_tensors
+        rpb, key_mask, seed, out, lse, *tensors = ctx.saved_tensors
         op = ops.attention_backward if len(tensors) == 3 else ops.attention_qkvpacked_backward
         d_out = torch.zeros_like(out) if d_out is None else d_out
-        *d_tensors, d_rpb = op(d_out, d_lse, *tensors, rpb, out, lse, seed, *ctx.run.args)
-        return None, None if rpb is None else d_rpb, None, *d_tensors
+        *d_tensors, d_rpb = op(d_out, d_lse, *tensors, rpb, key_mask, out, lse, seed, *ctx.run.args)
+        return None, None if rpb is None else d_rpb, None, None, *d_tensors
 
     @staticmethod
     def jvp(ctx, *tangents):
         raise refuse(ctx.run.kernel, "forward-mode derivative", "forward_ad")
 
 
-def attention(tensors: tuple[Tensor, ...], rpb: Tensor | None, seed: Tensor | None, run: Run, *, autograd: bool):
+def attention(
+    tensors: tuple[Tensor, ...],
+    rpb: Tensor | None,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    run: Run,
+    *,
+    autograd: bool,
+):
     """Choose and run a kernel on (q, k, v) or (qkv,); under ``autograd`` the result is differentiable."""
     q, k, v = _unpacked(tensors)
     is_recorded = autograd and needs_grad(*tensors, rpb)
-    kernel = choose(run.problem(q, rpb, needs_grad=is_recorded), run.kernel)
+    kernel = choose(run.problem(q, k, v, rpb, key_mask, needs_grad=is_recorded), run.kernel)
     run = replace(run, kernel=kernel.name)
     if isinstance(kernel, UnfusedAttentionKernel) and not (autograd and _has_tangent(*tensors, rpb)):
         if is_recorded:
-            return _ProbsAttention.apply(run, rpb, seed, *tensors)[:2]
+            return _ProbsAttention.apply(run, rpb, key_mask, seed, *tensors)[:2]
         with _AutoDispatchBelowAutograd():
-            return ops.attention_probs(tensors, rpb, seed, *run.args)[:2]
+            return ops.attention_probs(tensors, rpb, key_mask, seed, *run.args)[:2]
     if not isinstance(kernel, FusedKernel):
-        return _compose(kernel, q, k, v, rpb, seed, run)
+        return _compose(kernel, q, k, v, rpb, key_mask, seed, run)
     if autograd:
-        return _FusedAttention.apply(run, rpb, seed, *tensors)
-    problem = run.problem(q, rpb, needs_grad=False)
-    return kernel.forward(problem, q, k, v, rpb, seed, run.scale, run.dropout_p)
+        return _FusedAttention.apply(run, rpb, key_mask, seed, *tensors)
+    problem = run.problem(q, k, v, rpb, key_mask, needs_grad=False)
+    return kernel.forward(problem, q, k, v, rpb, key_mask, seed, run.scale, run.dropout_p)
 
 
 def _has_tangent(*tensors: Tensor | None) -> bool:
@@ -94,34 +115,36 @@ class _ProbsAttention(torch.autograd.Function):
     """Attention whose probabilities are kept for the first derivative; a second one is that of the composition."""
 
     @staticmethod
-    def forward(ctx, run: Run, rpb: Tensor | None, seed: Tensor | None, *tensors: Tensor):
+    def forward(ctx, run: Run, rpb: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, *tensors: Tensor):
         # The context as an argument: torch inspects the signature of the other form in every call, 50 us.
         with _AutoDispatchBelowAutograd():
-            out, lse, probs = ops.attention_probs(tensors, rpb, seed, *run.args)
+            out, lse, probs = ops.attention_probs(tensors, rpb, key_mask, seed, *run.args)
         ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(probs)
-        ctx.save_for_backward(rpb, seed, probs, *tensors)
+        ctx.save_for_backward(rpb, key_mask, seed, probs, *tensors)
         return out, lse, probs
 
     @staticmethod
     def backward(ctx, d_out, d_lse, _):
-        rpb, seed, probs, *tensors = ctx.saved_tensors
+        rpb, key_mask, seed, probs, *tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _ProbsAttention._differentiable_backward(ctx, d_out, d_lse, rpb, seed, tensors)
+            return _ProbsAttention._differentiable_backward(ctx, d_out, d_lse, rpb, key_mask, seed, tensors)
         if d_out is None:
-            v = tensors[-1] if len(tensors) == 3 else tensors[0].select(-3, 2)
-            d_out = torch.zeros_like(v, memory_format=torch.contiguous_format)
+            q, _, v = _unpacked(tensors)
+            d_out = v.new_zeros(*q.shape[:-1], v.shape[-1])
         with _AutoDispatchBelowAutograd():
-            d_tensors, d_rpb = ops.attention_probs_backward(d_out, d_lse, tensors, rpb, probs, seed, *ctx.run.args)
-        return None, None if rpb is None else d_rpb, None, *d_tensors
+            d_tensors, d_rpb = ops.attention_probs_backward(
+                d_out, d_lse, tensors, rpb, key_mask, probs, seed, *ctx.run.args
+            )
+        return None, None if rpb is None else d_rpb, None, None, *d_tensors
 
     @staticmethod
-    def _differentiable_backward(ctx, d_out, d_lse, rpb, seed, tensors):
-        arguments = [None, rpb, None, *tensors]
+    def _differentiable_backward(ctx, d_out, d_lse, rpb, key_mask, seed, tensors):
+        arguments = [None, rpb, None, None, *tensors]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
         q, k, v = _unpacked(tensors)
-        outputs = _compose(get_kernel(ctx.run.kernel), q, k, v, rpb, seed, ctx.run)
+        outputs = _compose(get_kernel(ctx.run.kernel), q, k, v, rpb, key_mask, seed, ctx.run)
         given = [(out, d) for out, d in zip(outputs, (d_out, d_lse), strict=True) if d is not None]
         grads = torch.autograd.grad(
             [out for out, _ in given], [arguments[i] for i in wanted], [d for _, d in given],
@@ -131,18 +154,18 @@ class _ProbsAttention(torch.autograd.Function):
         return tuple(by_argument.get(i) for i in range(len(arguments)))
 
 
-def attention_probs(tensors, rpb, seed, run: Run):
+def attention_probs(tensors, rpb, key_mask, seed, run: Run):
     q, k, v = _unpacked(tensors)
-    kernel, problem = get_kernel(run.kernel), run.problem(q, rpb, needs_grad=False)
+    kernel, problem = get_kernel(run.kernel), run.problem(q, k, v, rpb, key_mask, needs_grad=False)
     assert isinstance(kernel, UnfusedAttentionKernel)
-    return kernel.forward(problem, q, k, v, rpb, seed, run.scale, run.dropout_p)
+    return kernel.forward(problem, q, k, v, rpb, key_mask, seed, run.scale, run.dropout_p)
 
 
-def attention_probs_backward(d_out, d_lse, tensors, rpb, probs, seed, run: Run):
-    kernel, problem = get_kernel(run.kernel), run.problem(d_out, rpb, needs_grad=True)
+def attention_probs_backward(d_out, d_lse, tensors, rpb, key_mask, probs, seed, run: Run):
+    q, k, v = _unpacked(tensors)
+    kernel, problem = get_kernel(run.kernel), run.problem(q, k, v, rpb, key_mask, needs_grad=True)
     assert isinstance(kernel, UnfusedAttentionKernel)
     d_tensors = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
-    q, k, v = _unpacked(tensors)
     d_q, d_k, d_v = _unpacked(d_tensors)
     d_rpb = kernel.backward(
         problem, d_out, d_lse, q, k, v, probs, seed, run.scale, run.dropout_p, d_q, d_k, d_v
@@ -157,21 +180,21 @@ def fake_attention_probs_backward(tensors, rpb):
 
 def fake_attention_probs(tensors, run: Run):
     out, lse = fake_attention(tensors)
-    return out, lse, get_kernel(run.kernel).empty_probs(out, run.window)
+    return out, lse, get_kernel(run.kernel).empty_probs(_unpacked(tensors)[0], run.window)
 
 
-def attention_backward(tensors, d_out, d_lse, rpb, out, lse, seed, run: Run):
+def attention_backward(tensors, d_out, d_lse, rpb, key_mask, out, lse, seed, run: Run):
     """Gradients in the layout of ``tensors``, then rpb's (empty where there is none)."""
-    problem = run.problem(out, rpb, needs_grad=True)
+    q, k, v = _unpacked(tensors)
+    problem = run.problem(q, k, v, rpb, key_mask, needs_grad=True)
     kernel = choose(problem, run.kernel)
     assert isinstance(kernel, FusedKernel)
     # Explicitly contiguous: the inputs may be views with gaps or expanded axes, which a gradient must not inherit.
     d_tensors = tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
-    q, k, v = _unpacked(tensors)
     d_q, d_k, d_v = _unpacked(d_tensors)
     d_rpb = kernel.backward(
         problem,
-        d_out, d_lse, q, k, v, rpb, out, lse, seed, run.scale, run.dropout_p, d_q, d_k, d_v,
+        d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, run.scale, run.dropout_p, d_q, d_k, d_v,
     )  # fmt: skip
     return *d_tensors, out.new_empty(0) if d_rpb is None or rpb is None else d_rpb.to(rpb.dtype)
 
@@ -207,8 +230,8 @@ def attention_backward_autograd(op, *args):
 
 
 def fake_attention(tensors: tuple[Tensor, ...]):
-    q = tensors[0] if len(tensors) == 3 else tensors[0].select(-3, 0)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    q, _, v = _unpacked(tensors)
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
     return out, q.new_empty(q.shape[:-1], dtype=reference.accumulate_dtype(q.dtype))
 
 

@@ -113,7 +113,7 @@ class CpuKernel(FusedKernel):
     def extra_reasons(self, problem: Problem) -> list[str]:
         return list(_reasons(accumulate_dtype(problem.dtype)))
 
-    def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):
+    def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
         acc = accumulate_dtype(q.dtype)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=acc)
@@ -125,7 +125,7 @@ class CpuKernel(FusedKernel):
         return out, lse
 
     def backward(
-        self, problem, d_out, d_lse, q, k, v, rpb, out, lse, seed, scale, dropout_p, d_q, d_k, d_v
+        self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v
     ):  # fmt: skip
         acc = accumulate_dtype(q.dtype)
         rpb = None if rpb is None else rpb.to(acc).contiguous()

@@ -19,6 +19,8 @@ from natrain.ops.problem import (
     Problem,
     check_dropout,
     check_heads_last,
+    check_key_mask,
+    check_kv,
     check_rpb,
     check_same,
     check_scale,
@@ -34,17 +36,22 @@ _ARGUMENTS = """
         is_causal: per axis, keys after the query are left out.
 """
 _RPB = "rpb: relative position bias [heads, {rpb_shape}], q's dtype or float32; index = key - query + kernel_size - 1."
+_KEY_MASK = (
+    "key_mask: bool [B, {axes}], True where a key may be attended to (padding is False). What masked keys hold must\n"
+    "            be finite. A query whose keys are all masked gets out 0, lse -inf and zero gradients."
+)
 _KERNEL = 'kernel: "auto", or a name of ``natrain.list_kernels()``; a named kernel is never replaced, it raises.'
 _ATTENTION = (
     _ARGUMENTS
     + """        {rpb}
+        {key_mask}
         scale: factor on q.k before the bias; default head_dim ** -0.5.
         dropout_p: probability in [0, 1) of dropping a key; the caller passes 0 in evaluation.
         return_lse: also return the natural log of the sum of exp(scores), differentiable.
         {kernel}
 
     Returns:
-        out [B, {axes}, heads, head_dim], and with ``return_lse`` lse [B, {axes}, heads] float32 (float64 for it).
+        out [B, {axes}, heads, head_dim of v], and with ``return_lse`` lse [B, {axes}, heads] float32 (float64 for it).
 
     Raises:
         ValueError: an argument is not allowed, or no kernel supports the problem.
@@ -62,10 +69,11 @@ def _check_kernel(kernel: str) -> str:
     return kernel
 
 
-def _attend(q: Tensor, tensors: tuple[Tensor, ...], rpb, dropout_p, return_lse, run: Run):
-    seed = draw_seed(q.device) if dropout_p > 0 else None
+def _attend(q: Tensor, tensors: tuple[Tensor, ...], rpb, key_mask, return_lse, run: Run):
+    check_key_mask(key_mask, q)
+    seed = draw_seed(q.device) if run.dropout_p > 0 else None
     op = ops.attention if len(tensors) == 3 else ops.attention_qkvpacked
-    out, lse = op(*tensors, rpb, seed, *run.args)
+    out, lse = op(*tensors, rpb, key_mask, seed, *run.args)
     return (out, lse) if return_lse else out
 
 
@@ -79,6 +87,7 @@ def _make(na_dim: int) -> dict[str, Callable]:
     """The functions of one rank."""
     axes = ", ".join(AXES[na_dim])
     text = {"na_dim": na_dim, "axes": axes, "kernel": _KERNEL}
+    text["key_mask"] = _KEY_MASK.format(axes=axes)
     text["rpb"] = _RPB.format(rpb_shape=", ".join(f"2 * k_{axis} - 1" for axis in AXES[na_dim]))
 
     def attention(
@@ -90,6 +99,7 @@ def _make(na_dim: int) -> dict[str, Callable]:
         stride: int | tuple[int, ...] = 1,
         is_causal: bool | tuple[bool, ...] = False,
         rpb: Tensor | None = None,
+        key_mask: Tensor | None = None,
         scale: float | None = None,
         dropout_p: float = 0.0,
         return_lse: bool = False,
@@ -98,9 +108,9 @@ def _make(na_dim: int) -> dict[str, Callable]:
         check_heads_last("q", q, na_dim)
         for name, tensor in (("k", k), ("v", v)):
             check_heads_last(name, tensor, na_dim)
-            check_same(name, tensor, q)
+        check_kv(k, v, q)
         run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel)
-        return _attend(q, (q, k, v), rpb, dropout_p, return_lse, run)
+        return _attend(q, (q, k, v), rpb, key_mask, return_lse, run)
 
     def attention_qkvpacked(
         qkv: Tensor,
@@ -109,6 +119,7 @@ def _make(na_dim: int) -> dict[str, Callable]:
         stride: int | tuple[int, ...] = 1,
         is_causal: bool | tuple[bool, ...] = False,
         rpb: Tensor | None = None,
+        key_mask: Tensor | None = None,
         scale: float | None = None,
         dropout_p: float = 0.0,
         return_lse: bool = False,
@@ -121,7 +132,7 @@ def _make(na_dim: int) -> dict[str, Callable]:
             )
         q = qkv.select(-3, 0)
         run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel)
-        return _attend(q, (qkv,), rpb, dropout_p, return_lse, run)
+        return _attend(q, (qkv,), rpb, key_mask, return_lse, run)
 
     def qk(
         q: Tensor,
@@ -160,7 +171,8 @@ def _make(na_dim: int) -> dict[str, Callable]:
         attention: f"""Neighborhood attention of rank {na_dim}: every query attends to its nearest keys.
 
     Args:
-        q, k, v: [B, {axes}, heads, head_dim], one floating dtype, one device, any strides."""
+        q, k, v: [B, {axes}, heads, head_dim], one floating dtype, one device, any strides. k and v may have fewer
+            heads, a divisor of q's (query head n uses head n // (heads // kv_heads)), and v a head_dim of its own."""
         + _ATTENTION.format(**text),
         attention_qkvpacked: f"""``na{na_dim}d`` on the packed output of a qkv projection, with one packed gradient.
 
@@ -223,11 +235,22 @@ def explain(problem: Problem | Tensor, *args: Any, **kwargs: Any) -> Explanation
 
 
 def _problem(
-    q, k, v, kernel_size, dilation=1, stride=1, is_causal=False, rpb=None, scale=None, dropout_p=0.0, **_
+    q,
+    k,
+    v,
+    kernel_size,
+    dilation=1,
+    stride=1,
+    is_causal=False,
+    rpb=None,
+    key_mask=None,
+    scale=None,
+    dropout_p=0.0,
+    **_,
 ) -> Problem:
     if not isinstance(q, Tensor) or q.dim() - 3 not in AXES:
         value = tuple(q.shape) if isinstance(q, Tensor) else q
         raise invalid("q", value, "a Problem, or [B, *spatial, heads, head_dim] of rank 1 to 3", "explain(q, k, v, 7)")
     run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, "auto")
     needs_grad = any(t is not None and t.requires_grad for t in (q, k, v, rpb))
-    return run.problem(q, rpb, needs_grad=needs_grad)
+    return run.problem(q, k, v, rpb, key_mask, needs_grad=needs_grad)

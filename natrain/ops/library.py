@@ -24,17 +24,18 @@ from natrain.ops.run import Run, ops
 _library = torch.library.Library("natrain", "DEF")
 _WINDOW = "int[] kernel_size, int[] dilation, int[] stride, bool[] is_causal"
 _RUN = f"{_WINDOW}, float scale, float dropout_p, str kernel"
-_SAVED = "Tensor? rpb, Tensor out, Tensor lse, Tensor? seed"
+_SAVED = "Tensor? rpb, Tensor? key_mask, Tensor out, Tensor lse, Tensor? seed"
 
 for _schema in (
-    f"attention(Tensor q, Tensor k, Tensor v, Tensor? rpb, Tensor? seed, {_RUN}) -> (Tensor, Tensor)",
-    f"attention_qkvpacked(Tensor qkv, Tensor? rpb, Tensor? seed, {_RUN}) -> (Tensor, Tensor)",
+    f"attention(Tensor q, Tensor k, Tensor v, Tensor? rpb, Tensor? key_mask, Tensor? seed, {_RUN}) -> (Tensor, Tensor)",
+    f"attention_qkvpacked(Tensor qkv, Tensor? rpb, Tensor? key_mask, Tensor? seed, {_RUN}) -> (Tensor, Tensor)",
     f"attention_backward(Tensor d_out, Tensor? d_lse, Tensor q, Tensor k, Tensor v, {_SAVED}, {_RUN})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     f"attention_qkvpacked_backward(Tensor d_out, Tensor? d_lse, Tensor qkv, {_SAVED}, {_RUN}) -> (Tensor, Tensor)",
-    f"attention_probs(Tensor[] tensors, Tensor? rpb, Tensor? seed, {_RUN}) -> (Tensor, Tensor, Tensor)",
-    "attention_probs_backward(Tensor d_out, Tensor? d_lse, Tensor[] tensors, Tensor? rpb, Tensor probs, Tensor? seed,"
-    f" {_RUN}) -> (Tensor[], Tensor)",
+    f"attention_probs(Tensor[] tensors, Tensor? rpb, Tensor? key_mask, Tensor? seed, {_RUN})"
+    " -> (Tensor, Tensor, Tensor)",
+    "attention_probs_backward(Tensor d_out, Tensor? d_lse, Tensor[] tensors, Tensor? rpb, Tensor? key_mask,"
+    f" Tensor probs, Tensor? seed, {_RUN}) -> (Tensor[], Tensor)",
     f"qk(Tensor q, Tensor k, Tensor? rpb, {_WINDOW}, float scale, float fill, str kernel) -> Tensor",
     f"av(Tensor weights, Tensor v, {_WINDOW}, str kernel) -> Tensor",
     f"inverse(Tensor weights, Tensor x, {_WINDOW}, str kernel) -> Tensor",
@@ -83,22 +84,24 @@ def _below_autograd(op) -> Callable:
 
 _implement(
     "attention",
-    lambda q, k, v, rpb, seed, *run, autograd: attention.attention(
-        (q, k, v), rpb, seed, Run.of(*run), autograd=autograd
+    lambda q, k, v, rpb, key_mask, seed, *run, autograd: attention.attention(
+        (q, k, v), rpb, key_mask, seed, Run.of(*run), autograd=autograd
     ),
     lambda q, k, v, *_: attention.fake_attention((q, k, v)),
     cast=3,
 )
 _implement(
     "attention_qkvpacked",
-    lambda qkv, rpb, seed, *run, autograd: attention.attention((qkv,), rpb, seed, Run.of(*run), autograd=autograd),
+    lambda qkv, rpb, key_mask, seed, *run, autograd: attention.attention(
+        (qkv,), rpb, key_mask, seed, Run.of(*run), autograd=autograd
+    ),
     lambda qkv, *_: attention.fake_attention((qkv,)),
     cast=1,
 )
 _implement(
     "attention_backward",
-    lambda d_out, d_lse, q, k, v, rpb, out, lse, seed, *run, autograd: attention.attention_backward(
-        (q, k, v), d_out, d_lse, rpb, out, lse, seed, Run.of(*run)
+    lambda d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, *run, autograd: attention.attention_backward(
+        (q, k, v), d_out, d_lse, rpb, key_mask, out, lse, seed, Run.of(*run)
     ),
     lambda d_out, d_lse, q, k, v, rpb, *_: attention.fake_attention_backward((q, k, v), rpb),
     cast=0,
@@ -106,8 +109,8 @@ _implement(
 )
 _implement(
     "attention_qkvpacked_backward",
-    lambda d_out, d_lse, qkv, rpb, out, lse, seed, *run, autograd: attention.attention_backward(
-        (qkv,), d_out, d_lse, rpb, out, lse, seed, Run.of(*run)
+    lambda d_out, d_lse, qkv, rpb, key_mask, out, lse, seed, *run, autograd: attention.attention_backward(
+        (qkv,), d_out, d_lse, rpb, key_mask, out, lse, seed, Run.of(*run)
     ),
     lambda d_out, d_lse, qkv, rpb, *_: attention.fake_attention_backward((qkv,), rpb),
     cast=0,
@@ -115,15 +118,17 @@ _implement(
 )
 _implement(
     "attention_probs",
-    lambda tensors, rpb, seed, *run, autograd: attention.attention_probs(tensors, rpb, seed, Run.of(*run)),
-    lambda tensors, rpb, seed, *run: attention.fake_attention_probs(tensors, Run.of(*run)),
+    lambda tensors, rpb, key_mask, seed, *run, autograd: attention.attention_probs(
+        tensors, rpb, key_mask, seed, Run.of(*run)
+    ),
+    lambda tensors, rpb, key_mask, seed, *run: attention.fake_attention_probs(tensors, Run.of(*run)),
     cast=0,
     autograd=_below_autograd(ops.attention_probs),
 )
 _implement(
     "attention_probs_backward",
-    lambda d_out, d_lse, tensors, rpb, probs, seed, *run, autograd: attention.attention_probs_backward(
-        d_out, d_lse, tensors, rpb, probs, seed, Run.of(*run)
+    lambda d_out, d_lse, tensors, rpb, key_mask, probs, seed, *run, autograd: attention.attention_probs_backward(
+        d_out, d_lse, tensors, rpb, key_mask, probs, seed, Run.of(*run)
     ),
     lambda d_out, d_lse, tensors, rpb, *_: attention.fake_attention_probs_backward(tensors, rpb),
     cast=0,

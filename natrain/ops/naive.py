@@ -208,6 +208,7 @@ class NaiveKernel(UnfusedAttentionKernel):
     limits = Limits(
         devices=frozenset({"cuda"}),
         dtypes=frozenset(DTYPES),
+        value_dim=True,
         unfused=True,
         double_backward=True,
         forward_ad=True,
@@ -248,6 +249,7 @@ class NaiveKernel(UnfusedAttentionKernel):
         k: Tensor,
         v: Tensor,
         rpb: Tensor | None,
+        key_mask: Tensor | None,
         seed: Tensor | None,
         scale: float,
         dropout_p: float,
@@ -256,7 +258,7 @@ class NaiveKernel(UnfusedAttentionKernel):
         q, k, v = contiguous_rows(q), contiguous_rows(k), contiguous_rows(v)
         probs = self.empty_probs(q, window)
         lse = q.new_empty(q.shape[:-1], dtype=accumulate_dtype(q.dtype))
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
         _qk(window, q, k, rpb, scale, -float("inf"), probs)
         _run_rows("softmax", probs, num_neighbors, "3Q", probs.data_ptr(), probs.data_ptr(), lse.data_ptr())
         weights = self._dropped(probs, num_neighbors, seed, dropout_p)

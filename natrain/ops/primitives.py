@@ -125,7 +125,7 @@ def _spread_rpb(rpb: Tensor, like: Tensor, run: Run) -> Tensor:
 
 
 def qk(q, k, rpb, run: Run, fill: float, *, autograd: bool) -> Tensor:
-    problem = run.problem(q, rpb, needs_grad=autograd and needs_grad(q, k, rpb), unfused=True)
+    problem = run.problem(q, k, q, rpb, None, needs_grad=autograd and needs_grad(q, k, rpb), unfused=True)
     kernel = choose(problem, run.kernel)
     if not isinstance(kernel, UnfusedKernel):
         scores = reference.qk(q, k, rpb, run.window, run.scale)
@@ -136,7 +136,7 @@ def qk(q, k, rpb, run: Run, fill: float, *, autograd: bool) -> Tensor:
 
 
 def av(weights, v, run: Run, *, autograd: bool) -> Tensor:
-    problem = run.problem(v, None, needs_grad=autograd and needs_grad(weights, v), unfused=True)
+    problem = run.problem(v, v, v, None, None, needs_grad=autograd and needs_grad(weights, v), unfused=True)
     kernel = choose(problem, run.kernel)
     if not isinstance(kernel, UnfusedKernel):
         return reference.av(weights, v, run.window)
@@ -150,7 +150,7 @@ def inverse(weights, x, run: Run, *, autograd: bool) -> Tensor:
         return _Gather.apply(run, weights, x, True)
     kernel = get_kernel(run.kernel)
     assert isinstance(kernel, UnfusedKernel), "only derivatives of unfused kernels ask for inverse"
-    return kernel.inverse(run.problem(x, None, needs_grad=False, unfused=True), weights, x)
+    return kernel.inverse(run.problem(x, x, x, None, None, needs_grad=False, unfused=True), weights, x)
 
 
 def rpb_grad(weights, run: Run, *, autograd: bool) -> Tensor:
@@ -158,4 +158,5 @@ def rpb_grad(weights, run: Run, *, autograd: bool) -> Tensor:
         return _RpbGrad.apply(run, weights)
     kernel = get_kernel(run.kernel)
     assert isinstance(kernel, UnfusedKernel), "only derivatives of unfused kernels ask for rpb_grad"
-    return kernel.rpb_grad(run.problem(weights[..., :1], None, needs_grad=False, unfused=True), weights)
+    x = weights[..., :1]
+    return kernel.rpb_grad(run.problem(x, x, x, None, None, needs_grad=False, unfused=True), weights)

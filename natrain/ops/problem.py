@@ -44,7 +44,8 @@ class Problem:
     """Everything that selects a kernel and its configuration; hashable, printable, free of tensors.
 
     ``spatial``, ``batch`` in tokens and images; ``capability`` is CUDA's, None elsewhere; ``unfused`` when the caller
-    asked for visible attention weights (``na*d_qk``, ``na*d_av``).
+    asked for visible attention weights (``na*d_qk``, ``na*d_av``). ``kv_heads`` (a divisor of ``heads``) and
+    ``value_dim`` are those of q where not given.
     """
 
     batch: int
@@ -60,6 +61,19 @@ class Problem:
     needs_grad: bool = False
     deterministic: bool = False
     unfused: bool = False
+    kv_heads: int | None = None
+    value_dim: int | None = None
+    has_key_mask: bool = False
+
+    def __post_init__(self) -> None:
+        for field, default in (("kv_heads", self.heads), ("value_dim", self.head_dim)):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default)
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether several heads of q share one of k and v."""
+        return self.kv_heads != self.heads
 
     @property
     def num_tokens(self) -> int:
@@ -68,25 +82,40 @@ class Problem:
     @property
     def is_symbolic(self) -> bool:
         """True while torch.compile traces with dynamic shapes: such a problem cannot be hashed."""
-        return any(isinstance(size, torch.SymInt) for size in (self.batch, *self.spatial, self.heads, self.head_dim))
+        sizes = (self.batch, *self.spatial, self.heads, self.head_dim, self.kv_heads, self.value_dim)
+        return any(isinstance(size, torch.SymInt) for size in sizes)
 
     def __str__(self) -> str:
         window = self.window
         parts = [
             f"na{window.na_dim}d {'x'.join(map(str, self.spatial))}",
             f"batch {self.batch}, heads {self.heads}, head_dim {self.head_dim}",
+            *([f"kv_heads {self.kv_heads}"] if self.is_grouped else []),
+            *([f"value_dim {self.value_dim}"] if self.value_dim != self.head_dim else []),
             f"kernel_size {window.kernel_size}, dilation {window.dilation}, stride {window.stride}",
         ]
         if any(window.is_causal):
             parts.append(f"is_causal {window.is_causal}")
-        flags = [n for n in ("has_rpb", "has_dropout", "needs_grad", "deterministic", "unfused") if getattr(self, n)]
+        flags = ("has_rpb", "has_key_mask", "has_dropout", "needs_grad", "deterministic", "unfused")
+        flags = [name for name in flags if getattr(self, name)]
         device = self.device + (" sm_{}{}".format(*self.capability) if self.capability else "")
         parts.append(" ".join([str(self.dtype).removeprefix("torch."), "on", device, *flags]))
         return "; ".join(parts)
 
 
-def problem_of(q: Tensor, window: Window, rpb: Tensor | None, dropout_p: float, *, needs_grad: bool, unfused: bool):
-    """The Problem of checked arguments; ``q`` is [B, *spatial, heads, head_dim]."""
+def problem_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    rpb: Tensor | None,
+    key_mask: Tensor | None,
+    dropout_p: float,
+    *,
+    needs_grad: bool,
+    unfused: bool,
+) -> Problem:
+    """The Problem of checked arguments: q [B, *S, N, D], k [B, *S, KV, D], v [B, *S, KV, Dv]."""
     batch, *spatial, heads, head_dim = q.shape
     return Problem(
         batch=batch,
@@ -102,6 +131,9 @@ def problem_of(q: Tensor, window: Window, rpb: Tensor | None, dropout_p: float, 
         needs_grad=needs_grad,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         unfused=unfused,
+        kv_heads=k.shape[-2],
+        value_dim=v.shape[-1],
+        has_key_mask=key_mask is not None,
     )
 
 
@@ -185,6 +217,41 @@ def check_same(name: str, tensor: Tensor, q: Tensor, shape: Sequence[int] | None
     expected = tuple(q.shape if shape is None else shape)
     if tuple(tensor.shape) != expected:
         raise invalid(f"{name}.shape", tuple(tensor.shape), f"{expected}", f"{name} of that shape")
+
+
+def check_kv(k: Tensor, v: Tensor, q: Tensor) -> None:
+    """k is [B, *S, KV, D] with KV a divisor of q's heads, v [B, *S, KV, Dv]; both of q's dtype and device."""
+    heads, kv_heads = q.shape[-2], k.shape[-2]
+    check_same("k", k, q, (*q.shape[:-2], kv_heads, q.shape[-1]))
+    check_same("v", v, q, (*q.shape[:-2], kv_heads, v.shape[-1]))
+    if kv_heads != heads and (not kv_heads or heads % kv_heads):
+        raise invalid(
+            "k.shape",
+            tuple(k.shape),
+            f"a divisor of q's {heads} heads; query head n uses head n // (heads // kv_heads) of k and v",
+            f"{heads} heads, or 1",
+        )
+
+
+def check_key_mask(key_mask: Tensor | None, q: Tensor) -> None:
+    """The mask is bool [B, *spatial] on q's device."""
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor):
+        raise invalid("key_mask", type(key_mask).__name__, "a torch.Tensor or None", "key_mask=None")
+    if key_mask.dtype != torch.bool:
+        raise invalid(
+            "key_mask.dtype", key_mask.dtype, "torch.bool, True where a key may be attended to", "key_mask.bool()"
+        )
+    if key_mask.device != q.device:
+        raise invalid("key_mask.device", str(key_mask.device), f"q's device, {q.device}", "key_mask.to(q.device)")
+    if tuple(key_mask.shape) != tuple(q.shape[:-2]):
+        raise invalid(
+            "key_mask.shape",
+            tuple(key_mask.shape),
+            f"{tuple(q.shape[:-2])} = [B, {', '.join(AXES[q.dim() - 3])}]",
+            "key_mask.expand to that shape: one mask serves every head",
+        )
 
 
 def check_rpb(rpb: Tensor | None, q: Tensor, window: Window) -> None:

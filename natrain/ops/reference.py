@@ -1,7 +1,8 @@
 """The oracle: neighborhood attention in plain PyTorch, any device and dtype, differentiated by torch itself.
 
 Keys and values are gathered, never masked densely, so that a NaN or inf reaches only queries whose window holds it.
-16-bit inputs are computed in float32. Shapes: B batch, S spatial axes, N heads, D head_dim, K neighbours.
+16-bit inputs are computed in float32. Shapes: B batch, S spatial axes, N heads, D head_dim, K neighbours; k and v have
+KV heads, one for each N // KV of q's, and v a head_dim Dv of its own.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _axis_windows(spatial: tuple[int, ...], window: Window, device: torch.device) -> list[AxisWindow]:
-    axes = zip(spatial, window.kernel_size, window.dilation, window.stride, window.is_causal, strict=True)
-    return [axis_window(*axis, device=device) for axis in axes]
+def axis_windows(q: Tensor, window: Window) -> list[AxisWindow]:
+    """The windows along each axis of ``q`` [B, *S, N, D]."""
+    axes = zip(q.shape[1:-2], window.kernel_size, window.dilation, window.stride, window.is_causal, strict=True)
+    return [axis_window(*axis, device=q.device) for axis in axes]
 
 
 def _gather(x: Tensor, indices: list[Tensor]) -> Tensor:
@@ -61,12 +63,36 @@ def _slot_mask(axes: list[AxisWindow]) -> Tensor | None:
     return mask.flatten(-na_dim)
 
 
+def neighbor_mask(key_mask: Tensor, axes: list[AxisWindow]) -> Tensor:
+    """``key_mask`` [B, *S] at every neighbour of every query: bool [B, *S, 1 (heads), K]."""
+    na_dim = len(axes)
+    gathered = _gather(key_mask, [axis.keys for axis in axes])
+    order = [0, *range(1, 2 * na_dim, 2), *range(2, 2 * na_dim + 1, 2)]
+    return gathered.permute(order).flatten(-na_dim).unsqueeze(-2)
+
+
+def normalize(scores: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(lse [...], probs [..., K])`` of scores; slots not ``allowed`` (bool, None for all) get none.
+
+    A row without an allowed slot has lse -inf, probabilities 0 and no gradient.
+    """
+    if allowed is None:
+        return torch.logsumexp(scores, dim=-1), torch.softmax(scores, dim=-1)
+    scores = scores.masked_fill(~allowed, -math.inf)
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(empty, 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(empty.squeeze(-1), -math.inf)
+    return lse, torch.softmax(scores, dim=-1).masked_fill(empty, 0.0)
+
+
 def _scores(q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, axes: list[AxisWindow]) -> Tensor:
     """scale * q.k + rpb, [B, *S, N, K]; slots that are no neighbours hold -inf."""
     na_dim = len(axes)
     queries, slots, gathered = _letters(na_dim)
     k_neighbors = _gather(k, [axis.keys for axis in axes])
-    scores = torch.einsum(f"b{queries}nd,b{gathered}nd->b{queries}n{slots}", q * scale, k_neighbors)
+    q = q.unflatten(-2, (k.shape[-2], -1))
+    scores = torch.einsum(f"b{queries}ngd,b{gathered}nd->b{queries}ng{slots}", q * scale, k_neighbors)
+    scores = scores.flatten(-na_dim - 2, -na_dim - 1)
     if rpb is not None:
         bias = _gather(rpb.to(q.dtype), [axis.bias for axis in axes])
         scores = scores + torch.einsum(f"n{gathered}->{queries}n{slots}", bias)
@@ -76,28 +102,29 @@ def _scores(q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, axes: list[A
 
 
 def _weighted_sum(probs: Tensor, v: Tensor, axes: list[AxisWindow]) -> Tensor:
-    """sum of probs [B, *S, N, K] times values over the neighbours: [B, *S, N, D]."""
+    """sum of probs [B, *S, N, K] times values over the neighbours: [B, *S, N, Dv]."""
     na_dim = len(axes)
     queries, slots, gathered = _letters(na_dim)
     mask = _slot_mask(axes)
     if mask is not None:
         probs = probs.masked_fill(~mask, 0.0)
-    probs = probs.unflatten(-1, tuple(axis.keys.shape[1] for axis in axes))
+    probs = probs.unflatten(-1, tuple(axis.keys.shape[1] for axis in axes)).unflatten(1 + na_dim, (v.shape[-2], -1))
     v_neighbors = _gather(v, [axis.keys for axis in axes])
-    return torch.einsum(f"b{queries}n{slots},b{gathered}nd->b{queries}nd", probs, v_neighbors)
+    out = torch.einsum(f"b{queries}ng{slots},b{gathered}nd->b{queries}ngd", probs, v_neighbors)
+    return out.flatten(-3, -2)
 
 
-def _chunks(q: Tensor, window: Window) -> Iterator[tuple[slice, slice]]:
+def _chunks(x: Tensor, window: Window) -> Iterator[tuple[slice, slice]]:
     """Slices of the batch and of the first spatial axis whose gathered keys stay within the budget each.
 
     Traced shapes (torch.compile with dynamic sizes) are never cut: a loop count cannot be symbolic, and a compiled
     graph plans its own memory.
     """
-    batch, rows = q.shape[:2]
-    if any(isinstance(size, torch.SymInt) for size in q.shape):
+    batch, rows = x.shape[:2]
+    if any(isinstance(size, torch.SymInt) for size in x.shape):
         yield slice(None), slice(None)
         return
-    row_bytes = math.prod(q.shape[2:]) * window.num_neighbors * accumulate_dtype(q.dtype).itemsize
+    row_bytes = math.prod(x.shape[2:]) * window.num_neighbors * accumulate_dtype(x.dtype).itemsize
     rows_fit = max(1, GATHER_BUDGET_BYTES // max(row_bytes, 1))
     images_step = max(1, rows_fit // max(rows, 1))
     rows_step = max(1, rows if images_step > 1 else min(rows, rows_fit))
@@ -106,9 +133,12 @@ def _chunks(q: Tensor, window: Window) -> Iterator[tuple[slice, slice]]:
             yield slice(image, min(image + images_step, batch)), slice(row, min(row + rows_step, rows))
 
 
-def _run_chunks(q: Tensor, window: Window, compute: Callable[[slice, slice], tuple[Tensor, ...]]) -> list[Tensor]:
-    """Run ``compute(images, rows)`` on every chunk and join its outputs; several chunks are checkpointed."""
-    chunks = list(_chunks(q, window))
+def _run_chunks(x: Tensor, window: Window, compute: Callable[[slice, slice], tuple[Tensor, ...]]) -> list[Tensor]:
+    """Run ``compute(images, rows)`` on every chunk and join its outputs; several chunks are checkpointed.
+
+    ``x`` [B, *S, N, D]: what is gathered, or as large.
+    """
+    chunks = list(_chunks(x, window))
     if len(chunks) == 1:
         return list(compute(*chunks[0]))
     by_image: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
@@ -138,33 +168,33 @@ def attention(
     k: Tensor,
     v: Tensor,
     rpb: Tensor | None,
+    key_mask: Tensor | None,
     seed: Tensor | None,
     window: Window,
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """``(out [B, *S, N, D], lse [B, *S, N])``; see ``natrain.na2d`` for the arguments."""
+    """``(out [B, *S, N, Dv], lse [B, *S, N])``; see ``natrain.na2d`` for the arguments."""
     dtype = accumulate_dtype(q.dtype)
-    axes = _axis_windows(tuple(q.shape[1:-2]), window, q.device)
+    axes = axis_windows(q, window)
     qf, kf, vf = (x.to(dtype) for x in (q, k, v))
 
     def compute(images: slice, rows: slice) -> tuple[Tensor, Tensor]:
         own = [axes[0].of(rows), *axes[1:]]
         scores = _scores(qf[images, rows], kf[images], rpb, scale, own)
-        lse = torch.logsumexp(scores, dim=-1)
-        probs = torch.softmax(scores, dim=-1)
+        lse, probs = normalize(scores, None if key_mask is None else neighbor_mask(key_mask[images], own))
         if seed is not None:
             probs = dropout(probs, seed, dropout_p, q.shape, images, rows)
         return _weighted_sum(probs, vf[images], own), lse
 
-    out, lse = _run_chunks(q, window, compute)
+    out, lse = _run_chunks(max(q, v, key=lambda x: math.prod(x.shape[-2:])), window, compute)
     return out.to(q.dtype), lse
 
 
 def qk(q: Tensor, k: Tensor, rpb: Tensor | None, window: Window, scale: float) -> Tensor:
     """Scores [B, *S, N, K] in q's dtype."""
     dtype = accumulate_dtype(q.dtype)
-    axes = _axis_windows(tuple(q.shape[1:-2]), window, q.device)
+    axes = axis_windows(q, window)
     qf, kf = q.to(dtype), k.to(dtype)
 
     def compute(images: slice, rows: slice) -> tuple[Tensor]:
@@ -178,7 +208,7 @@ def qk(q: Tensor, k: Tensor, rpb: Tensor | None, window: Window, scale: float) -
 def av(probs: Tensor, v: Tensor, window: Window) -> Tensor:
     """sum probs * v: [B, *S, N, D] in v's dtype."""
     dtype = accumulate_dtype(v.dtype)
-    axes = _axis_windows(tuple(v.shape[1:-2]), window, v.device)
+    axes = axis_windows(v, window)
     pf, vf = probs.to(dtype), v.to(dtype)
 
     def compute(images: slice, rows: slice) -> tuple[Tensor]:
@@ -195,7 +225,7 @@ class ReferenceKernel(Kernel):
     name = "reference"
     summary = "plain PyTorch, the oracle; any device and dtype, derivatives of any order"
     priority = 100
-    limits = Limits(unfused=True, double_backward=True, forward_ad=True)
+    limits = Limits(gqa=True, value_dim=True, key_mask=True, unfused=True, double_backward=True, forward_ad=True)
 
     def extra_reasons(self, problem: Problem) -> list[str]:
         return []

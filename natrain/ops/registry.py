@@ -46,6 +46,9 @@ class Limits:
     dropout: bool = True
     deterministic: bool = True
     backward: bool = True
+    gqa: bool = False
+    value_dim: bool = False
+    key_mask: bool = False
     unfused: bool = False
     double_backward: bool = False
     forward_ad: bool = False
@@ -66,17 +69,31 @@ class Limits:
             reasons.append(f"head_dim {problem.head_dim} (at most {self.max_head_dim})")
         if problem.head_dim % self.head_dim_multiple:
             reasons.append(f"head_dim {problem.head_dim} (a multiple of {self.head_dim_multiple})")
+        if problem.value_dim != problem.head_dim:
+            reasons += self._reasons_against_value_dim(problem)
         for name, asked, supported in (
             ("rpb", problem.has_rpb, self.rpb),
             ("is_causal", any(window.is_causal), self.causal),
             ("stride", any(s > 1 for s in window.stride), self.stride),
             ("dropout_p", problem.has_dropout, self.dropout),
+            ("key_mask", problem.has_key_mask, self.key_mask),
+            (f"{problem.kv_heads} heads of k and v for {problem.heads} of q (GQA)", problem.is_grouped, self.gqa),
             ("deterministic algorithms", problem.deterministic and problem.needs_grad, self.deterministic),
             ("gradients", problem.needs_grad, self.backward),
             ("visible attention weights (na*d_qk, na*d_av)", problem.unfused, self.unfused),
         ):
             if asked and not supported:
                 reasons.append(f"no {name}")
+        return reasons
+
+    def _reasons_against_value_dim(self, problem: Problem) -> list[str]:
+        if not self.value_dim:
+            return [f"no head_dim of v ({problem.value_dim}) other than q's ({problem.head_dim})"]
+        reasons = []
+        if self.max_head_dim is not None and problem.value_dim > self.max_head_dim:
+            reasons.append(f"head_dim of v {problem.value_dim} (at most {self.max_head_dim})")
+        if problem.value_dim % self.head_dim_multiple:
+            reasons.append(f"head_dim of v {problem.value_dim} (a multiple of {self.head_dim_multiple})")
         return reasons
 
 
@@ -112,13 +129,16 @@ class FusedKernel(Kernel):
         k: Tensor,
         v: Tensor,
         rpb: Tensor | None,
+        key_mask: Tensor | None,
         seed: Tensor | None,
         scale: float,
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
-        """``(out, lse)``, both new and contiguous: [B, *S, N, D] in q's dtype, [B, *S, N] float32 (float64 for it).
+        """``(out, lse)``, both new and contiguous: [B, *S, N, Dv] in q's dtype, [B, *S, N] float32 (float64 for it).
 
-        q, k, v may have any strides (a packed projection is read in place) but a last axis of stride 1.
+        q [B, *S, N, D], k [B, *S, KV, D], v [B, *S, KV, Dv]: query head n uses k/v head n // (N // KV). They may have
+        any strides (a packed projection is read in place), rpb [N, 2k-1, ...] and ``key_mask`` too. ``key_mask`` is
+        bool [B, *S], True = may be attended to; a query whose keys are all masked has out 0 and lse -inf.
         """
 
     @abstractmethod
@@ -131,6 +151,7 @@ class FusedKernel(Kernel):
         k: Tensor,
         v: Tensor,
         rpb: Tensor | None,
+        key_mask: Tensor | None,
         out: Tensor,
         lse: Tensor,
         seed: Tensor | None,
@@ -140,14 +161,18 @@ class FusedKernel(Kernel):
         d_k: Tensor,
         d_v: Tensor,
     ) -> Tensor | None:
-        """Write every element of ``d_q``, ``d_k``, ``d_v`` (uninitialised, any strides); return rpb's gradient."""
+        """Write every element of ``d_q``, ``d_k``, ``d_v`` (uninitialised, any strides); return rpb's gradient.
+
+        Masked keys, and queries whose keys are all masked (lse -inf), add zeros everywhere.
+        """
 
 
 class UnfusedKernel(Kernel):
     """Four primitives, bilinear, closed under differentiation (each one's gradient is made of the others).
 
     ``scores`` and ``weights`` are [B, *S, N, K], K in row-major order of the window; slots of a causal window that
-    hold no key are ignored in weights.
+    hold no key are ignored in weights. All heads are q's; ``v`` may have a head_dim of its own where limits say so.
+    Key masks and fewer heads of k and v are added by torch operators around the primitives (attention.py).
     """
 
     @abstractmethod
@@ -185,6 +210,7 @@ class UnfusedAttentionKernel(UnfusedKernel):
         k: Tensor,
         v: Tensor,
         rpb: Tensor | None,
+        key_mask: Tensor | None,
         seed: Tensor | None,
         scale: float,
         dropout_p: float,

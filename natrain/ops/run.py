@@ -38,8 +38,18 @@ class Run:
         """In the order of the schemas of attention."""
         return *self.window_args, self.scale, self.dropout_p, self.kernel
 
-    def problem(self, x: Tensor, rpb: Tensor | None, *, needs_grad: bool, unfused: bool = False) -> Problem:
-        return problem_of(x, self.window, rpb, self.dropout_p, needs_grad=needs_grad, unfused=unfused)
+    def problem(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rpb: Tensor | None,
+        key_mask: Tensor | None,
+        *,
+        needs_grad: bool,
+        unfused: bool = False,
+    ) -> Problem:
+        return problem_of(q, k, v, self.window, rpb, key_mask, self.dropout_p, needs_grad=needs_grad, unfused=unfused)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

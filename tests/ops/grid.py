@@ -26,6 +26,9 @@ class Case:
     stride: tuple[int, ...]
     is_causal: tuple[bool, ...]
     has_rpb: bool
+    kv_heads: int | None = None
+    value_dim: int | None = None
+    has_key_mask: bool = False
 
     @property
     def na_dim(self) -> int:
@@ -47,6 +50,9 @@ class Case:
         return (
             f"{x(self.spatial)}-k{x(self.kernel_size)}-d{x(self.dilation)}-s{x(self.stride)}-c{x(self.is_causal)}"
             f"-b{self.batch}-n{self.heads}-h{self.head_dim}-rpb{int(self.has_rpb)}"
+            + (f"-kv{self.kv_heads}" if self.kv_heads else "")
+            + (f"-v{self.value_dim}" if self.value_dim else "")
+            + ("-mask" if self.has_key_mask else "")
         )
 
     def tensors(self, dtype=torch.float64, device="cpu", requires_grad=True, seed=0):
@@ -57,22 +63,32 @@ class Case:
             x = torch.randn(*shape, dtype=torch.float64, generator=generator).to(device, dtype)
             return x.requires_grad_(requires_grad)
 
-        shape = (self.batch, *self.spatial, self.heads, self.head_dim)
-        q, k, v = leaf(*shape), leaf(*shape), leaf(*shape)
+        tokens, kv_heads = (self.batch, *self.spatial), self.kv_heads or self.heads
+        q, k = leaf(*tokens, self.heads, self.head_dim), leaf(*tokens, kv_heads, self.head_dim)
+        v = leaf(*tokens, kv_heads, self.value_dim or self.head_dim)
         return q, k, v, leaf(self.heads, *[2 * size - 1 for size in self.kernel_size]) if self.has_rpb else None
+
+    def key_mask(self, device="cpu"):
+        """bool [B, *spatial] or None: a fifth of the keys masked, and in the last image all but the last key."""
+        if not self.has_key_mask:
+            return None
+        mask = torch.rand(self.batch, *self.spatial, generator=torch.Generator().manual_seed(2)) > 0.2
+        mask[-1].fill_(False).view(-1)[-1] = True
+        return mask.to(device)
 
     def function(self, suffix: str = ""):
         """``natrain.na{rank}d{suffix}``."""
         return getattr(natrain, f"na{self.na_dim}d{suffix}")
 
 
-def _case(spatial, kernel_size, dilation=1, stride=1, is_causal=False, batch=2, heads=2, head_dim=8, has_rpb=True):
+def _case(
+    spatial, kernel_size, dilation=1, stride=1, is_causal=False, batch=2, heads=2, head_dim=8, has_rpb=True, **features
+):
     def each(value):
         return value if isinstance(value, tuple) else (value,) * len(spatial)
 
-    return Case(
-        batch, spatial, heads, head_dim, each(kernel_size), each(dilation), each(stride), each(is_causal), has_rpb
-    )
+    window = (each(kernel_size), each(dilation), each(stride), each(is_causal))
+    return Case(batch, spatial, heads, head_dim, *window, has_rpb, **features)
 
 
 CHOSEN = [
@@ -97,6 +113,20 @@ CHOSEN = [
     _case((5, 6, 7), (2, 3, 7), dilation=(2, 2, 1), stride=(2, 1, 3), heads=1),
     _case((7, 4, 5), (7, 3, 4), is_causal=(True, False, True), head_dim=16),
     _case((6, 3, 8), (3, 3, 2), dilation=(2, 1, 4), is_causal=(False, True, False), heads=3),
+]
+
+# Fewer heads of k and v, a head_dim of v's own, a key mask: not every kernel has them.
+FEATURES = [
+    _case((9, 8), 3, heads=4, kv_heads=2),
+    _case((23,), 5, dilation=2, heads=6, head_dim=16, kv_heads=1, has_rpb=False),
+    _case((6, 5, 4), (3, 3, 2), heads=3, kv_heads=1, is_causal=(False, True, False)),
+    _case((11, 13), (5, 4), value_dim=24),
+    _case((8, 9), 7, head_dim=32, value_dim=16, stride=(2, 1)),
+    _case((14, 14), 7, has_key_mask=True),
+    _case((31,), 6, stride=2, is_causal=True, has_key_mask=True),
+    _case((4, 7, 6), (3, 3, 3), dilation=(1, 2, 2), has_key_mask=True, has_rpb=False),
+    _case((13, 10), (3, 5), dilation=(2, 1), heads=4, kv_heads=2, value_dim=40, has_key_mask=True),
+    _case((17,), 17, heads=6, head_dim=24, kv_heads=3, value_dim=8, has_key_mask=True, batch=3),
 ]
 
 

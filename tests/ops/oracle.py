@@ -54,7 +54,12 @@ def neighbors(spatial, kernel_size, dilation, stride, is_causal):
     return result
 
 
-def dense_scores(q, k, rpb, window, scale):
+def head_of(n: int, heads: int, kv_heads: int) -> int:
+    """The head of k and v that head ``n`` of q uses: equal consecutive groups."""
+    return n // (heads // kv_heads)
+
+
+def dense_scores(q, k, rpb, window, scale, key_mask=None):
     """[B, N, T, T] scores of all pairs, -inf where the key is no neighbour; float64 inputs keep torch's autograd."""
     spatial, heads = q.shape[1:-2], q.shape[-2]
     tokens = math.prod(spatial)
@@ -62,7 +67,7 @@ def dense_scores(q, k, rpb, window, scale):
     query_index = torch.tensor([i for i, row in enumerate(table) for _ in row])
     key_index = torch.tensor([token for row in table for _, token, _ in row])
     bias_index = torch.tensor([bias for row in table for _, _, bias in row])
-    qf, kf = q.reshape(q.shape[0], tokens, heads, -1), k.reshape(k.shape[0], tokens, heads, -1)
+    qf, kf = q.reshape(q.shape[0], tokens, heads, -1), _every_head(k, heads)
     scores = scale * torch.einsum("bind,bjnd->bnij", qf, kf)
     if rpb is not None:
         bias = torch.zeros(heads, tokens, tokens, dtype=scores.dtype)
@@ -72,16 +77,26 @@ def dense_scores(q, k, rpb, window, scale):
         scores = scores + bias
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
     mask[query_index, key_index] = True
+    if key_mask is not None:
+        mask = mask & key_mask.reshape(-1, 1, 1, tokens)
     return scores.masked_fill(~mask, -math.inf)
 
 
-def dense_attention(q, k, v, rpb, window, scale):
-    """(out, lse) by a masked softmax over all tokens."""
-    scores = dense_scores(q, k, rpb, window, scale)
-    tokens, heads = scores.shape[-1], q.shape[-2]
-    vf = v.reshape(v.shape[0], tokens, heads, -1)
-    out = torch.einsum("bnij,bjnd->bind", scores.softmax(-1), vf).reshape(v.shape)
-    return out, scores.logsumexp(-1).transpose(1, 2).reshape(q.shape[:-1])
+def _every_head(x, heads):
+    """k or v as [B, T, N, D]."""
+    return torch.stack([x.flatten(1, -3)[..., head_of(n, heads, x.shape[-2]), :] for n in range(heads)], dim=-2)
+
+
+def dense_attention(q, k, v, rpb, window, scale, key_mask=None):
+    """(out, lse) by a masked softmax over all tokens; a query without any key has out 0 and lse -inf."""
+    scores = dense_scores(q, k, rpb, window, scale, key_mask)
+    vf = _every_head(v, q.shape[-2])
+    has_keys = (scores > -math.inf).any(-1)
+    weights = (scores - torch.where(has_keys, scores.detach().amax(-1), 0.0)[..., None]).exp()
+    total = torch.where(has_keys, weights.sum(-1), 1.0)
+    out = torch.einsum("bnij,bjnd->bind", weights / total[..., None], vf).reshape(*q.shape[:-1], v.shape[-1])
+    lse = torch.where(has_keys, total.log() + scores.detach().amax(-1), -math.inf)
+    return out, lse.transpose(1, 2).reshape(q.shape[:-1])
 
 
 def loop_qk(q, k, rpb, window, scale):

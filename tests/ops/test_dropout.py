@@ -45,7 +45,9 @@ def test_share_of_dropped_slots_and_independence():
 def test_attention_drops_with_the_mask_and_rescales():
     q, k, v = (torch.randn(2, 5, 6, 3, 8, dtype=torch.float64) for _ in range(3))
     seed = torch.tensor([42])
-    out, _ = torch.ops.natrain.attention(q, k, v, None, seed, [3, 3], [1, 1], [1, 1], [False] * 2, 1.0, 0.4, "auto")
+    out, _ = torch.ops.natrain.attention(
+        q, k, v, None, None, seed, [3, 3], [1, 1], [1, 1], [False] * 2, 1.0, 0.4, "auto"
+    )
     probs = natrain.na2d_qk(q, k, 3, scale=1.0).softmax(-1)
     batch, height, width, heads = 2, 5, 6, 3
     kept = torch.zeros_like(probs)

@@ -23,7 +23,7 @@ class Loops(UnfusedKernel):
     """The four primitives as one list of (query, slot, key, bias) pairs, in plain indexing."""
 
     name, summary, priority = "loops", "primitives by index lists", 90
-    limits = Limits(unfused=True, double_backward=True, forward_ad=True)
+    limits = Limits(gqa=True, value_dim=True, key_mask=True, unfused=True, double_backward=True, forward_ad=True)
 
     def _pairs(self, problem: Problem):
         w = problem.window
@@ -68,7 +68,7 @@ class Fused(FusedKernel):
     """One forward and one backward, by the closed formula of the gradient of a softmax; nothing more."""
 
     name, summary, priority = "fused_test", "the closed formula as a fused kernel", 80
-    limits = Limits()
+    limits = Limits(gqa=True, value_dim=True, key_mask=True)
     loops = Loops()
 
     def _keep(self, probs, seed, dropout_p, shape):
@@ -76,13 +76,13 @@ class Fused(FusedKernel):
             return torch.ones_like(probs)
         return reference.dropout(torch.ones_like(probs), seed, dropout_p, shape, slice(None), slice(None))
 
-    def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):
+    def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
         scores = self.loops.qk(problem, q, k, rpb, scale, -math.inf).to(reference.accumulate_dtype(q.dtype))
         probs = scores.softmax(-1)
         probs = probs * self._keep(probs, seed, dropout_p, q.shape)
         return self.loops.av(problem, probs, v.to(probs.dtype)).to(q.dtype), scores.logsumexp(-1)
 
-    def backward(self, problem, d_out, d_lse, q, k, v, rpb, out, lse, seed, scale, dropout_p, d_q, d_k, d_v):
+    def backward(self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v):
         loops, dtype = self.loops, lse.dtype
         d_out, q, k, v = (t.to(dtype) for t in (d_out, q, k, v))
         probs = (loops.qk(problem, q, k, rpb, scale, -math.inf) - lse[..., None]).exp()
@@ -107,7 +107,7 @@ class Whole(Loops, UnfusedAttentionKernel):
     def _keep(self, probs, seed, dropout_p, shape):
         return Fused._keep(self, probs, seed, dropout_p, shape)
 
-    def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):
+    def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
         probs, scores = self.empty_probs(q, problem.window), self.qk(problem, q, k, rpb, scale, -math.inf)
         probs[..., :-1] = scores.softmax(-1)
         kept = probs[..., :-1] * self._keep(probs[..., :-1], seed, dropout_p, q.shape)
@@ -235,10 +235,10 @@ def test_opcheck(kernel):
     window = ([3, 3], [2, 1], [1, 1], [False, True])
     seed = torch.tensor([3])
     run = (*window, 0.5, 0.0, kernel)
-    torch.library.opcheck(torch.ops.natrain.attention, (q, k, v, rpb, None, *run), test_utils=CHECKS)
-    torch.library.opcheck(torch.ops.natrain.attention, (q, k, v, None, seed, *window, 0.5, 0.2, kernel))
+    torch.library.opcheck(torch.ops.natrain.attention, (q, k, v, rpb, None, None, *run), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.natrain.attention, (q, k, v, None, None, seed, *window, 0.5, 0.2, kernel))
     qkv = torch.randn(2, 6, 5, 3, 2, 4, requires_grad=True)
-    torch.library.opcheck(torch.ops.natrain.attention_qkvpacked, (qkv, rpb, None, *run), test_utils=CHECKS)
+    torch.library.opcheck(torch.ops.natrain.attention_qkvpacked, (qkv, rpb, None, None, *run), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("kernel", ["reference", "loops", "whole"])

@@ -10,7 +10,7 @@ import torch
 import natrain
 from natrain.ops import reference
 from tests.ops import oracle
-from tests.ops.grid import CHOSEN, grid
+from tests.ops.grid import CHOSEN, FEATURES, grid
 
 REFERENCE = {"kernel": "reference"}
 
@@ -21,13 +21,17 @@ def _close(actual, expected, rtol=1e-11):
     assert ((actual - expected).abs().max() / scale) < rtol
 
 
-@pytest.mark.parametrize("case", grid(count=60), ids=str)
+@pytest.mark.parametrize("case", grid(count=60) + FEATURES, ids=str)
 def test_forward_lse_and_gradients_equal_the_dense_softmax(case):
     q, k, v, rpb = case.tensors()
-    out, lse = case.function()(q, k, v, **case.window, rpb=rpb, return_lse=True, **REFERENCE)
-    expected_out, expected_lse = oracle.dense_attention(q, k, v, rpb, case.window, case.head_dim**-0.5)
+    mask = case.key_mask()
+    out, lse = case.function()(q, k, v, **case.window, rpb=rpb, key_mask=mask, return_lse=True, **REFERENCE)
+    expected_out, expected_lse = oracle.dense_attention(q, k, v, rpb, case.window, case.head_dim**-0.5, mask)
     _close(out, expected_out)
-    _close(lse, expected_lse)
+    empty = expected_lse == -math.inf
+    assert torch.equal(lse == -math.inf, empty)
+    assert bool(empty.any()) == (case.has_key_mask and case.kernel_size != case.spatial)
+    _close(lse[~empty], expected_lse[~empty])
     leaves = [t for t in (q, k, v, rpb) if t is not None]
     d_out, d_lse = torch.randn_like(out), torch.randn_like(lse)
     got = torch.autograd.grad((out, lse), leaves, (d_out, d_lse))
@@ -51,6 +55,39 @@ def test_unfused_pair_equals_loops_over_the_definition(case):
     torch.testing.assert_close(out, oracle.loop_av(probs, v, case.window), rtol=1e-11, atol=1e-12)
     fused = case.function()(q, k, v, **case.window, rpb=rpb, scale=0.3, **REFERENCE)
     torch.testing.assert_close(fused, out, rtol=1e-11, atol=1e-12)
+
+
+def test_masked_keys_are_as_if_absent():
+    """The window as long as the axis: attention over the keys that are left, by torch; masked keys get no gradient."""
+    q, k, v = (torch.randn(1, 9, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.tensor([[True, False, True, True, False, True, True, True, False]])
+    out = natrain.na1d(q, k, v, 9, key_mask=mask, **REFERENCE)
+    flat = [t.transpose(1, 2) for t in (q, k[:, mask[0]], v[:, mask[0]])]
+    torch.testing.assert_close(out, torch.nn.functional.scaled_dot_product_attention(*flat).transpose(1, 2))
+    d_k, d_v = torch.autograd.grad(out.square().sum(), (k, v))
+    assert (d_k[:, ~mask[0]] == 0).all() and (d_v[:, ~mask[0]] == 0).all() and d_k.abs().sum() > 0
+
+
+def test_queries_without_a_key_give_zero_and_minus_infinity_and_no_gradient():
+    q, k, v = (torch.randn(2, 9, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    rpb = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :5] = False  # windows of 3: queries 0 to 3 see nothing
+    out, lse = natrain.na1d(q, k, v, 3, rpb=rpb, key_mask=mask, return_lse=True, **REFERENCE)
+    assert (out[0, :4] == 0).all() and (lse[0, :4] == -math.inf).all()
+    assert torch.isfinite(lse[0, 4:]).all() and torch.isfinite(lse[1]).all()
+    grads = torch.autograd.grad((out, lse), (q, k, v, rpb), (torch.ones_like(out), torch.ones_like(lse)))
+    assert all(torch.isfinite(g).all() for g in grads) and (grads[0][0, :4] == 0).all()
+    assert grads[0][0, 4:].abs().sum() > 0
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_grouped_heads_equal_repeated_ones(kv_heads):
+    q = torch.randn(2, 7, 8, 4, 8, dtype=torch.float64)
+    k, v = (torch.randn(2, 7, 8, kv_heads, 8, dtype=torch.float64) for _ in range(2))
+    repeated = [t.repeat_interleave(4 // kv_heads, dim=-2) for t in (k, v)]
+    out, expected = natrain.na2d(q, k, v, 3, **REFERENCE), natrain.na2d(q, *repeated, 3, **REFERENCE)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_av_ignores_weights_in_slots_without_a_key():
@@ -95,7 +132,7 @@ def test_chunks_change_neither_values_nor_gradients(monkeypatch, chunk_bytes):
 
     def run():
         args = [list(value) for value in case.window.values()]
-        out, lse = torch.ops.natrain.attention(q, k, v, rpb, seed, *args, 0.5, 0.25, "reference")
+        out, lse = torch.ops.natrain.attention(q, k, v, rpb, None, seed, *args, 0.5, 0.25, "reference")
         return out, lse, *torch.autograd.grad((out, lse), (q, k, v, rpb), (torch.ones_like(out), torch.ones_like(lse)))
 
     whole = run()

@@ -44,17 +44,21 @@ def test_every_limit_gives_its_own_reason():
     window = Window((3, 3), (1, 1), (2, 1), (True, False))
     problem = _problem(
         window=window, device="cuda", capability=(8, 0), has_rpb=True, has_dropout=True, needs_grad=True,
-        deterministic=True, unfused=True,
+        deterministic=True, unfused=True, kv_heads=1, value_dim=64, has_key_mask=True,
     )  # fmt: skip
     reasons = "; ".join(Picky().unsupported_reasons(problem))
     for expected in (
         "dtype torch.float32", "rank 2", "capability (8, 0)", "head_dim 32 (at most 16)", "multiple of 24", "no rpb",
         "no is_causal", "no stride", "no dropout_p", "no deterministic", "no gradients", "no visible attention weights",
+        "no head_dim of v (64) other than q's (32)", "no 1 heads of k and v for 2 of q (GQA)", "no key_mask",
     ):  # fmt: skip
         assert expected in reasons
     assert "device cpu (has cuda)" in "; ".join(Picky().unsupported_reasons(_problem()))
     inside = _problem(window=Window((3,), (1,), (1,), (False,)), spatial=(8,), head_dim=0, dtype=torch.bfloat16)
     assert Picky().unsupported_reasons(_problem(**{**inside.__dict__, "device": "cuda", "capability": (9, 0)})) == []
+    wide = Limits(max_head_dim=48, head_dim_multiple=32, value_dim=True)
+    assert wide.reasons(_problem(value_dim=64)) == ["head_dim of v 64 (at most 48)"]
+    assert wide.reasons(_problem(value_dim=40)) == ["head_dim of v 40 (a multiple of 32)"]
 
 
 def test_auto_takes_the_first_without_reasons_and_says_so_once(kernels, caplog):
@@ -104,6 +108,8 @@ def test_explain_prints_the_choice_and_every_reason(kernels):
 
 def test_problem_is_hashable_and_prints_its_flags():
     assert len({_problem(), _problem(), _problem(has_rpb=True)}) == 2
+    text = str(_problem(kv_heads=1, value_dim=8, has_key_mask=True))
+    assert "heads 2, head_dim 32; kv_heads 1; value_dim 8; " in text and text.endswith("float32 on cpu has_key_mask")
     assert str(_problem(has_rpb=True, device="cuda", capability=(9, 0))).endswith("float32 on cuda sm_90 has_rpb")
 
 
@@ -120,7 +126,7 @@ def test_a_user_package_adds_a_kernel_by_the_documented_steps(kernels, monkeypat
         "class Mean(FusedKernel):\n"
         "    name, summary, priority = 'mean', 'averages all values', 200\n"
         "    limits = Limits(devices=frozenset({'cpu'}), rpb=False, backward=False)\n"
-        "    def forward(self, problem, q, k, v, rpb, seed, scale, dropout_p):\n"
+        "    def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):\n"
         "        axes = tuple(range(1, v.dim() - 2))\n"
         "        return v.mean(axes, keepdim=True).expand_as(v).contiguous(), torch.zeros(q.shape[:-1])\n"
         "    def backward(self, *args):\n"
