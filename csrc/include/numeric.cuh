@@ -20,14 +20,38 @@ struct Accumulator<double> {
   using type = double;
 };
 
+// Conversions that are one instruction. With NATRAIN_EMULATED a host compiler has them from a header of the tests.
+#ifndef NATRAIN_EMULATED
+__device__ __forceinline__ float widen_bits(unsigned short bits, const float16*) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(bits));
+  return wide;
+}
+__device__ __forceinline__ void widen_pair(unsigned word, float16*, float& low, float& high) {
+  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(word));
+}
+__device__ __forceinline__ unsigned short narrow_bits(float x, const float16*) {
+  unsigned short bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+__device__ __forceinline__ unsigned short narrow_bits(float x, const bfloat16*) {
+#if __CUDA_ARCH__ >= 800
+  unsigned short bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+#else
+  const unsigned word = __float_as_uint(x);
+  const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
+  return is_nan ? 0x7fff : (unsigned short)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+#endif
+}
+#endif
+
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bfloat16 x) { return __uint_as_float(unsigned(x.bits) << 16); }
-__device__ __forceinline__ float widen(float16 x) {
-  float wide;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-  return wide;
-}
+__device__ __forceinline__ float widen(float16 x) { return widen_bits(x.bits, (const float16*)nullptr); }
 
 // Rounds to nearest even, as torch does.
 template <class T>
@@ -43,21 +67,11 @@ __device__ __forceinline__ float narrow<float>(float x) {
 }
 template <>
 __device__ __forceinline__ float16 narrow<float16>(float x) {
-  float16 out;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-  return out;
+  return {narrow_bits(x, (const float16*)nullptr)};
 }
 template <>
 __device__ __forceinline__ bfloat16 narrow<bfloat16>(float x) {
-  bfloat16 out;
-#if __CUDA_ARCH__ >= 800
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(x));
-#else
-  const unsigned word = __float_as_uint(x);
-  const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
-  out.bits = is_nan ? 0x7fff : (unsigned short)((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
-#endif
-  return out;
+  return {narrow_bits(x, (const bfloat16*)nullptr)};
 }
 
 // The unsigned word that one access of BYTES moves.
@@ -84,9 +98,6 @@ struct Word<16> {
 __device__ __forceinline__ void widen_pair(unsigned word, bfloat16*, float& low, float& high) {
   low = __uint_as_float(word << 16);
   high = __uint_as_float(word & 0xffff0000u);
-}
-__device__ __forceinline__ void widen_pair(unsigned word, float16*, float& low, float& high) {
-  asm("{ .reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(word));
 }
 
 // N values moved by one instruction; `from` and `to` must be aligned to N * sizeof(T) bytes, at most 16.
