@@ -17,6 +17,16 @@ from natrain.ops import reference, registry
 from natrain.ops.problem import Problem
 from natrain.ops.registry import FusedKernel, Limits, UnfusedAttentionKernel, UnfusedKernel
 from tests.ops import oracle
+from tests.ops.grid import FEATURES
+
+
+def _every_head(x, problem):
+    return x.repeat_interleave(problem.heads // problem.kv_heads, dim=-2)
+
+
+def _of_groups(d_x, problem):
+    """The gradient of k or v out of that of its repetition."""
+    return d_x.unflatten(-2, (problem.kv_heads, -1)).sum(-2)
 
 
 class Loops(UnfusedKernel):
@@ -34,6 +44,18 @@ class Loops(UnfusedKernel):
                 *[(i, slot, j, *bias) for i, row in enumerate(table) for slot, j, bias in row], strict=True
             )
         ]
+
+    def probs(self, problem, q, k, rpb, key_mask, scale):
+        """(lse, probs) in the accumulator's dtype."""
+        i, slot, j, *_ = self._pairs(problem)
+        scores = self.qk(problem, q, _every_head(k, problem), rpb, scale, -math.inf)
+        scores = scores.to(reference.accumulate_dtype(q.dtype))
+        if key_mask is not None:
+            masked = torch.zeros(*key_mask.flatten(1).shape, scores.shape[-1], dtype=torch.bool)
+            masked[:, i, slot] = ~key_mask.flatten(1)[:, j]
+            scores = scores.masked_fill(masked.view(*key_mask.shape, 1, -1), -math.inf)
+        lse = scores.logsumexp(-1)
+        return lse, (scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None]).exp()
 
     def qk(self, problem, q, k, rpb, scale, fill):
         i, slot, j, *bias = self._pairs(problem)
@@ -77,22 +99,22 @@ class Fused(FusedKernel):
         return reference.dropout(torch.ones_like(probs), seed, dropout_p, shape, slice(None), slice(None))
 
     def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
-        scores = self.loops.qk(problem, q, k, rpb, scale, -math.inf).to(reference.accumulate_dtype(q.dtype))
-        probs = scores.softmax(-1)
+        lse, probs = self.loops.probs(problem, q, k, rpb, key_mask, scale)
         probs = probs * self._keep(probs, seed, dropout_p, q.shape)
-        return self.loops.av(problem, probs, v.to(probs.dtype)).to(q.dtype), scores.logsumexp(-1)
+        return self.loops.av(problem, probs, _every_head(v, problem).to(probs.dtype)).to(q.dtype), lse
 
     def backward(self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v):
         loops, dtype = self.loops, lse.dtype
         d_out, q, k, v = (t.to(dtype) for t in (d_out, q, k, v))
-        probs = (loops.qk(problem, q, k, rpb, scale, -math.inf) - lse[..., None]).exp()
+        _, probs = loops.probs(problem, q, k, rpb, key_mask, scale)
+        k, v = _every_head(k, problem), _every_head(v, problem)
         keep = self._keep(probs, seed, dropout_p, q.shape)
         d_probs = loops.qk(problem, d_out, v, None, 1.0, 0.0) * keep
         delta = (probs * d_probs).sum(-1, keepdim=True) - (0 if d_lse is None else d_lse[..., None])
         d_scores = probs * (d_probs - delta)
         d_q.copy_(loops.av(problem, d_scores, k) * scale)
-        d_k.copy_(loops.inverse(problem, d_scores, q) * scale)
-        d_v.copy_(loops.inverse(problem, probs * keep, d_out))
+        d_k.copy_(_of_groups(loops.inverse(problem, d_scores, q) * scale, problem))
+        d_v.copy_(_of_groups(loops.inverse(problem, probs * keep, d_out), problem))
         return loops.rpb_grad(problem, d_scores)
 
 
@@ -108,20 +130,20 @@ class Whole(Loops, UnfusedAttentionKernel):
         return Fused._keep(self, probs, seed, dropout_p, shape)
 
     def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
-        probs, scores = self.empty_probs(q, problem.window), self.qk(problem, q, k, rpb, scale, -math.inf)
-        probs[..., :-1] = scores.softmax(-1)
+        probs = self.empty_probs(q, problem.window)
+        lse, probs[..., :-1] = self.probs(problem, q, k, rpb, key_mask, scale)
         kept = probs[..., :-1] * self._keep(probs[..., :-1], seed, dropout_p, q.shape)
-        return self.av(problem, kept, v), scores.to(reference.accumulate_dtype(q.dtype)).logsumexp(-1), probs
+        return self.av(problem, kept, _every_head(v, problem)), lse, probs
 
     def backward(self, problem, d_out, d_lse, q, k, v, probs, seed, scale, dropout_p, d_q, d_k, d_v):
-        probs = probs[..., :-1]
+        probs, k, v = probs[..., :-1], _every_head(k, problem), _every_head(v, problem)
         keep = self._keep(probs, seed, dropout_p, q.shape)
         d_probs = self.qk(problem, d_out, v, None, 1.0, 0.0) * keep
         delta = (probs * d_probs).sum(-1, keepdim=True) - (0 if d_lse is None else d_lse[..., None])
         d_scores = (probs * (d_probs - delta)).to(q.dtype)
         d_q.copy_(self.av(problem, d_scores, k) * scale)
-        d_k.copy_(self.inverse(problem, d_scores, q) * scale)
-        d_v.copy_(self.inverse(problem, (probs * keep).to(q.dtype), d_out))
+        d_k.copy_(_of_groups(self.inverse(problem, d_scores, q) * scale, problem))
+        d_v.copy_(_of_groups(self.inverse(problem, (probs * keep).to(q.dtype), d_out), problem))
         return self.rpb_grad(problem, d_scores) if problem.has_rpb else None
 
 
@@ -156,6 +178,35 @@ def test_every_kind_of_kernel_agrees_with_the_dense_softmax(kernel):
     weights = torch.randn_like(out), torch.randn_like(lse)
     got = torch.autograd.grad((out, lse), (q, k, v, rpb), weights)
     torch.testing.assert_close(got, torch.autograd.grad((truth, truth_lse), (q, k, v, rpb), weights))
+
+
+@pytest.mark.parametrize("kernel", KINDS)
+@pytest.mark.parametrize("case", FEATURES, ids=str)
+def test_every_kind_has_key_masks_grouped_heads_and_value_dims(case, kernel):
+    q, k, v, rpb = case.tensors()
+    mask = case.key_mask()
+    out, lse = case.function()(q, k, v, **case.window, rpb=rpb, key_mask=mask, return_lse=True, kernel=kernel)
+    truth, truth_lse = oracle.dense_attention(q, k, v, rpb, case.window, case.head_dim**-0.5, mask)
+    torch.testing.assert_close((out, lse), (truth, truth_lse))
+    weights = torch.randn_like(out), torch.randn_like(lse)
+    leaves = [t for t in (q, k, v, rpb) if t is not None]
+    got = torch.autograd.grad((out, lse), leaves, weights)
+    torch.testing.assert_close(got, torch.autograd.grad((truth, truth_lse), leaves, weights))
+
+
+@pytest.mark.parametrize("kernel", ["reference", "loops", "whole"])
+def test_second_derivatives_with_a_key_mask_and_grouped_heads(kernel):
+    torch.manual_seed(0)
+    q = torch.randn(1, 5, 2, 2, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(1, 5, 1, 2, dtype=torch.float64, requires_grad=True)
+    v = torch.randn(1, 5, 1, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.tensor([[False, False, True, False, True]])  # query 0 sees keys 0 to 1 alone
+
+    def attend(q, k, v):
+        return natrain.na1d(q, k, v, 2, key_mask=mask, kernel=kernel)
+
+    assert torch.autograd.gradcheck(attend, (q, k, v), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(attend, (q, k, v))
 
 
 @pytest.mark.parametrize("kernel", KINDS)
@@ -237,6 +288,9 @@ def test_opcheck(kernel):
     run = (*window, 0.5, 0.0, kernel)
     torch.library.opcheck(torch.ops.natrain.attention, (q, k, v, rpb, None, None, *run), test_utils=CHECKS)
     torch.library.opcheck(torch.ops.natrain.attention, (q, k, v, None, None, seed, *window, 0.5, 0.2, kernel))
+    fewer = torch.randn(1, 6, 5, 1, 4, requires_grad=True), torch.randn(1, 6, 5, 1, 3, requires_grad=True)
+    mask = torch.rand(1, 6, 5) > 0.3
+    torch.library.opcheck(torch.ops.natrain.attention, (q, *fewer, rpb, mask, None, *run), test_utils=CHECKS)
     qkv = torch.randn(2, 6, 5, 3, 2, 4, requires_grad=True)
     torch.library.opcheck(torch.ops.natrain.attention_qkvpacked, (qkv, rpb, None, None, *run), test_utils=CHECKS)
 
@@ -258,7 +312,11 @@ def _fullgraph(kernel: str, dynamic: bool, sizes):
 
     def step(qkv, rpb):
         out, lse = natrain.na2d_qkvpacked(qkv, 3, dilation=(1, 2), rpb=rpb, return_lse=True, kernel=kernel)
-        return out.square().sum() + lse.sum()
+        q, k, v = qkv.unbind(-3)
+        mask = q[..., 0, 0] > -1.5
+        options = dict(rpb=rpb, key_mask=mask, kernel=kernel)
+        masked = natrain.na2d(q, k[..., :1, :], v[..., :1, :2], 3, **options)
+        return out.square().sum() + lse.sum() + masked.square().sum()
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for batch, height, width in sizes:
@@ -290,11 +348,12 @@ def test_compile_with_inductor():
 
 
 @pytest.mark.parametrize("kernel", KINDS)
-def test_autocast_casts_q_k_v_and_leaves_the_bias(kernel):
+def test_autocast_casts_q_k_v_and_leaves_bias_and_mask(kernel):
     q, k, v, rpb = _leaves(6, 5, heads=2, head_dim=4, dtype=torch.float32)
+    options = dict(rpb=rpb, key_mask=torch.rand(1, 6, 5) > 0.3, kernel=kernel)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = natrain.na2d(q, k, v, 3, rpb=rpb, kernel=kernel)
-    expected = natrain.na2d(*(t.bfloat16() for t in (q, k, v)), 3, rpb=rpb, kernel=kernel)
+        out = natrain.na2d(q, k, v, 3, **options)
+    expected = natrain.na2d(*(t.bfloat16() for t in (q, k, v)), 3, **options)
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     out.float().sum().backward()
     assert rpb.grad.dtype == q.grad.dtype == torch.float32
