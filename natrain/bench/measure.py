@@ -1,16 +1,17 @@
-"""How every benchmark here takes a time on a CUDA device.
+"""How every benchmark here takes a time.
 
-CUDA events around one call; the second-level cache emptied before it (or kept warm when asked); the contenders
-interleaved A B A B in one process, so that a drifting clock hits all alike; medians with an interval that assumes no
-distribution; outputs checked before any time counts.
+On a CUDA device by events around one call, elsewhere by the wall clock; the caches emptied before it (or kept warm when
+asked); inputs that take turns; the contenders interleaved A B A B in one process, so that a drifting clock hits all
+alike; medians with an interval that assumes no distribution; outputs checked before any time counts.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,53 +69,84 @@ def captured(function: Callable[[], Any], warm_ups: int = 3) -> Callable[[], Non
     return graph.replay
 
 
+Call = Callable[[], Any]
+# Beyond the last-level cache of the processors that one finds under a desk.
+_CPU_FLUSH_BYTES = 2**27
+
+
 def measure(
-    contenders: Mapping[str, Callable[[], Any]],
+    contenders: Mapping[str, Call | Sequence[Call]],
     *,
     runs: int = 30,
     warm_ups: int = 3,
     warm_cache: bool = False,
     graphs: bool = False,
     check: Callable[[str, Any], None] | None = None,
+    device: str = "cuda",
 ) -> dict[str, Timing]:
-    """Time every contender on the current device.
+    """Time every contender on the current device of that type.
 
     Args:
-        contenders: name -> a call that enqueues the work; its inputs are its own affair (random, never zeros).
+        contenders: name -> a call that enqueues the work, or several that take turns, the same work on other inputs;
+            inputs are their own affair (random, never zeros).
         runs: timed calls of each, interleaved.
         warm_ups: untimed calls of each first: compilation, allocation.
-        warm_cache: leave what the call before left in the second-level cache.
+        warm_cache: leave what the call before left in the caches.
         graphs: time replays of a CUDA graph of the call: the device's work alone, without the host's gaps.
-        check: called with (name, output of a call) before anything is timed; raises if the output is wrong.
+        check: called with (name, output of the first call) before anything is timed; raises if the output is wrong.
+        device: "cuda", or "cpu" for the wall clock.
     """
-    for name, call in contenders.items():
-        for _ in range(warm_ups):
-            output = call()
-        if check is not None:
-            check(name, output)
-        del output
-    if graphs:
-        contenders = {name: captured(call) for name, call in contenders.items()}
+    turns = {name: (calls,) if callable(calls) else tuple(calls) for name, calls in contenders.items()}
+    for name, calls in turns.items():
+        for run in range(max(warm_ups, len(calls))):
+            output = calls[run % len(calls)]()
+            if check is not None and run == 0:
+                check(name, output)
+            del output
+    if device == "cpu":
+        times = _wall_times(turns, runs, warm_cache)
+    else:
+        if graphs:
+            turns = {name: tuple(captured(call) for call in calls) for name, calls in turns.items()}
+        times = _event_times(turns, runs, warm_cache)
+    clock = None if device == "cpu" else clock_mhz()
+    return {
+        name: Timing(name, statistics.median(taken), *median_interval(taken), runs, clock)
+        for name, taken in times.items()
+    }
+
+
+def _event_times(turns: Mapping[str, Sequence[Call]], runs: int, warm_cache: bool) -> dict[str, list[float]]:
+    """Milliseconds between two events around each call."""
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device="cuda")
-    events: dict[str, list] = {name: [] for name in contenders}
+    events: dict[str, list] = {name: [] for name in turns}
     torch.cuda.synchronize()
-    for _ in range(runs):
-        for name, call in contenders.items():
+    for run in range(runs):
+        for name, calls in turns.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if not warm_cache:
                 flush.fill_(1)
             start.record()
-            call()
+            calls[run % len(calls)]()
             end.record()
             events[name].append((start, end))
         torch.cuda.synchronize()
-    clock = clock_mhz()
-    timings = {}
-    for name, pairs in events.items():
-        times = [start.elapsed_time(end) for start, end in pairs]
-        timings[name] = Timing(name, statistics.median(times), *median_interval(times), runs, clock)
-    return timings
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def _wall_times(turns: Mapping[str, Sequence[Call]], runs: int, warm_cache: bool) -> dict[str, list[float]]:
+    """Milliseconds that each call took."""
+    flush = torch.empty(_CPU_FLUSH_BYTES, dtype=torch.uint8)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    for run in range(runs):
+        for name, calls in turns.items():
+            if not warm_cache:
+                flush.fill_(run % 256)
+            start = time.perf_counter()
+            calls[run % len(calls)]()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
 def ratio(slower: Timing, faster: Timing) -> float:

@@ -113,6 +113,9 @@ class CpuKernel(FusedKernel):
     def extra_reasons(self, problem: Problem) -> list[str]:
         return list(_reasons(accumulate_dtype(problem.dtype)))
 
+    def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
+        return [build_spec(problem.dtype, arch)]
+
     def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
         acc = accumulate_dtype(q.dtype)
         out = torch.empty(q.shape, dtype=q.dtype)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from natrain.jit import cuda
+from natrain.jit import BuildSpec, cuda
 from natrain.jit.driver import CudaKernel
 from natrain.ops.dropout import drop_threshold
 from natrain.ops.geometry import (
@@ -30,7 +30,7 @@ from natrain.ops.geometry import (
     three_axes,
     weights_pitch,
 )
-from natrain.ops.naive_specs import DTYPES, positions_of, problem_defines, row_defines
+from natrain.ops.naive_specs import DTYPES, build_specs, positions_of, problem_defines, row_defines
 from natrain.ops.problem import Problem, Window
 from natrain.ops.reference import accumulate_dtype
 from natrain.ops.registry import Limits, UnfusedAttentionKernel, register
@@ -216,6 +216,9 @@ class NaiveKernel(UnfusedAttentionKernel):
 
     def extra_reasons(self, problem: Problem) -> list[str]:
         return cuda.reasons_against(problem.capability)
+
+    def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
+        return build_specs(problem, arch)
 
     def qk(self, problem: Problem, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, fill: float) -> Tensor:
         scores = q.new_empty(*q.shape[:-1], problem.window.num_neighbors)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from natrain.errors import invalid, nearest
+from natrain.jit.build import BuildSpec
 from natrain.ops.problem import Problem, Window
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,13 @@ class Kernel(ABC):
     def unsupported_reasons(self, problem: Problem) -> list[str]:
         """Every reason why this kernel cannot solve ``problem``; empty when it can."""
         return self.limits.reasons(problem) or self.extra_reasons(problem)
+
+    def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
+        """What forward and backward of ``problem`` need compiled for ``arch``; empty where nothing is compiled.
+
+        Asked on machines without the device, to compile ahead. ``arch``: "sm_90a" for CUDA, "avx512" for processors.
+        """
+        return []
 
 
 class FusedKernel(Kernel):
