@@ -73,21 +73,6 @@ def neighborhood_attention(
         out = out[..., :dim_v]
         if additional_keys is not None:
             extra, extra_lse = dense_attention(query.flatten(1, na_dim), additional_keys, additional_values, scale)
-            merged, merged_lse = merge([out.flatten(1, na_dim), extra], [lse.flatten(1, na_dim), extra_lse])
-            out, lse = merged.view(out.shape), merged_lse.view(lse.shape)
+            parts = [out, extra.view(out.shape)], [lse, extra_lse.view(lse.shape)]
+            out, lse = ops.merge_attentions(*parts)
     return (out, lse) if return_lse else out
-
-
-def merge(outputs: list[Tensor], lse_tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """(out, lse) as if the keys of all parts had been in one softmax; differentiable in every output and lse.
-
-    Args:
-        outputs: each [B, T, heads, head_dim].
-        lse_tensors: natural log, each [B, T, heads].
-    """
-    dtype = _accumulate(outputs[0])
-    lse = torch.stack([part.to(dtype) for part in lse_tensors])
-    total = lse.logsumexp(0)
-    weights = (lse - total).exp().unsqueeze(-1)
-    out = (torch.stack([part.to(dtype) for part in outputs]) * weights).sum(0)
-    return out.to(outputs[0].dtype), total

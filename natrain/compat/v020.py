@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from natrain import ops
 from natrain.compat import arguments, heads_last, switches, types, v017
 from natrain.compat.arguments import refuse
 from natrain.compat.arguments020 import (
@@ -167,7 +168,7 @@ def merge_attentions(outputs: list[Tensor], lse_tensors: list[Tensor], torch_com
         ValueError: fewer than two parts, shapes that disagree, an output that is not contiguous.
     """
     check_merge(outputs, lse_tensors)
-    return heads_last.merge(outputs, lse_tensors)[0]
+    return ops.merge_attentions(outputs, lse_tensors)[0]
 
 
 class _NeighborhoodAttention(nn.Module):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from natrain import ops
 from natrain.compat import heads_last, v020
 from natrain.compat.arguments import refuse
 from natrain.compat.arguments020 import check_backend, check_kernel_schedule, check_merge, check_qkv, check_rank
@@ -137,7 +138,7 @@ def merge_attentions(
         ValueError: fewer than two parts, shapes that disagree, an output that is not contiguous.
     """
     check_merge(outputs, lse_tensors)
-    return heads_last.merge(outputs, lse_tensors)
+    return ops.merge_attentions(outputs, lse_tensors)
 
 
 LAYOUT = v020.layout(

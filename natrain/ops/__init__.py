@@ -16,6 +16,7 @@ from natrain.ops.functional import (
     na3d_qk,
     na3d_qkvpacked,
 )
+from natrain.ops.merge import merge_attentions
 from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import list_kernels
 
@@ -24,6 +25,7 @@ __all__ = [
     "Window",
     "explain",
     "list_kernels",
+    "merge_attentions",
     "na1d",
     "na1d_av",
     "na1d_qk",
