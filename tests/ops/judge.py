@@ -1,4 +1,4 @@
-"""What the tests of the CUDA kernels judge by: the inputs of one problem; its outputs by a kernel, by the float64 oracle,
+"""What the tests of the CUDA kernels judge by: the inputs of a problem; its outputs by a kernel, by the float64 oracle
 and by the composition in the kernel's own dtype; the rule that compares the three."""
 
 from __future__ import annotations
