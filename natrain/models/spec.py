@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TypeVar
 
 from natrain.errors import invalid
 from natrain.models.plans import Dilations, Plans, named_plan
@@ -11,7 +12,8 @@ from natrain.models.plans import Dilations, Plans, named_plan
 T = TypeVar("T", int, str)
 
 
-class StageWindows(NamedTuple):
+@dataclass(frozen=True)
+class StageWindows:
     """What decides whether the windows of a stage fit: pixels per token, tokens per window, largest dilation."""
 
     reduction: int
