@@ -1,0 +1,174 @@
+"""A sweep as a yaml describes it: contenders, problems, how times are taken.
+
+    kernels: [naive, {name: naive-before, kernel: naive, commit: 60fac93}]   # contenders; a commit of this project
+    baseline: naive                 # what the others are compared with
+    directions: [forward, backward]
+    runs: 15                        # timed calls of each
+    timer: graph                    # graph | events
+    cache: cold                     # cold | warm
+    tf32: true                      # float32 products may use TF32
+    seconds: 10                     # most seconds of timed calls of one contender; fewer runs, at least 3, keep it
+    problems: [{shape: 56x56, heads: 2, head_dim: 32, kernel_size: 7, batch: 128}]
+    axes: {dtype: [fp16, fp32], kernel_size: [3, 5, 7]}   # all combinations, on top of every problem
+
+Combinations whose window does not fit the shape are left out, and counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from natrain.bench.case import WORDS, Case
+from natrain.bench.estimate import DIRECTIONS
+from natrain.errors import invalid, nearest
+
+_CHOICES = {"timer": ("graph", "events"), "cache": ("cold", "warm")}
+_DEFAULTS = {
+    "kernels": None,
+    "baseline": None,
+    "directions": list(DIRECTIONS),
+    "runs": 15,
+    "timer": "graph",
+    "cache": "cold",
+    "tf32": True,
+    "seconds": 10,
+    "problems": None,
+    "axes": {},
+}
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """A contender: the name of its rows, its kernel or peer, and the commit whose code runs it (None: this one)."""
+
+    name: str
+    kernel: str
+    commit: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``digest`` is the hash of the yaml and of what was typed on top of it; every row carries it."""
+
+    name: str
+    text: str
+    digest: str
+    arms: tuple[ArmSpec, ...]
+    baseline: str
+    cases: tuple[Case, ...]
+    num_left_out: int
+    directions: tuple[str, ...]
+    runs: int
+    timer: str
+    cache: str
+    tf32: bool
+    seconds: float
+
+
+def read_plan(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
+    """The plan of a yaml file; ``changes`` replace its settings, or add axes where they are words of a problem.
+
+    Raises:
+        ValueError: no such file, an unknown or missing setting, a value out of range.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise invalid("ablation", str(path), "a yaml file that exists", "ablation=paper_2d")
+    text = path.read_text(encoding="utf-8")
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise invalid("ablation", str(path), f"yaml ({error})", "a look at its lines") from None
+    if not isinstance(settings, dict):
+        raise invalid("ablation", str(path), "settings with values", "kernels: [naive, cpu]")
+    return make_plan(path.stem, settings, text, changes or {})
+
+
+def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mapping[str, Any]) -> Plan:
+    """See ``read_plan``; ``text`` is what the digest covers."""
+    known = {**_DEFAULTS, **settings}
+    axes = dict(known["axes"] or {})
+    for key, value in changes.items():
+        if key in WORDS:
+            axes[key] = value if isinstance(value, list) else [value]
+        else:
+            known[key] = value
+    for key in known:
+        if key not in _DEFAULTS:
+            names = [*_DEFAULTS, *WORDS]
+            raise invalid("setting", key, f"one of {', '.join(names)}", f"{nearest(key, names) or 'runs'}=...")
+    for key, choices in _CHOICES.items():
+        if known[key] not in choices:
+            raise invalid(key, known[key], f"one of {', '.join(choices)}", f"{key}={choices[0]}")
+    for direction in known["directions"]:
+        if direction not in DIRECTIONS:
+            raise invalid("directions", direction, f"some of {', '.join(DIRECTIONS)}", "directions=[forward]")
+    runs = known["runs"]
+    if not isinstance(runs, int) or runs < 3:
+        raise invalid("runs", runs, "at least 3, for an interval", "runs=15")
+    arms = tuple(_arm(entry) for entry in known["kernels"] or [])
+    if not arms:
+        raise invalid("kernels", known["kernels"], "names of contenders", "kernels=[naive,fused]")
+    names = [arm.name for arm in arms]
+    baseline = known["baseline"] if known["baseline"] in names or not changes.get("kernels") else names[0]
+    if (baseline or names[0]) not in names:
+        raise invalid("baseline", baseline, f"one of {', '.join(names)}", f"baseline={names[0]}")
+    cases, num_left_out = _cases(known["problems"] or [{}], axes)
+    return Plan(
+        name=name,
+        text=text,
+        digest=hashlib.sha256(f"{text}\0{sorted(changes.items())!r}".encode()).hexdigest()[:12],
+        arms=arms,
+        baseline=baseline or names[0],
+        cases=tuple(cases),
+        num_left_out=num_left_out,
+        directions=tuple(known["directions"]),
+        runs=runs,
+        timer=known["timer"],
+        cache=known["cache"],
+        tf32=bool(known["tf32"]),
+        seconds=float(known["seconds"]),
+    )
+
+
+def _arm(entry: Any) -> ArmSpec:
+    if isinstance(entry, str):
+        return ArmSpec(entry, entry)
+    if not isinstance(entry, dict) or not set(entry) <= {"name", "kernel", "commit"} or "kernel" not in entry:
+        raise invalid("kernels", entry, "a name, or {kernel: NAME, commit: COMMIT}", "{kernel: naive, commit: HEAD~1}")
+    commit = None if entry.get("commit") is None else str(entry["commit"])
+    return ArmSpec(entry.get("name") or f"{entry['kernel']}@{commit}", entry["kernel"], commit)
+
+
+def _cases(problems: Sequence[Mapping[str, Any]], axes: Mapping[str, Any]) -> tuple[list[Case], int]:
+    lists = {key: value if isinstance(value, list) else [value] for key, value in axes.items()}
+    cases: dict[Case, None] = {}
+    num_left_out = 0
+    for line in problems:
+        for values in itertools.product(*lists.values()):
+            words = {**line, **dict(zip(lists, values, strict=True))}
+            if lists and not _fits(words):
+                num_left_out += 1
+                continue
+            cases[Case.of(words)] = None
+    if not cases:
+        raise invalid("axes", dict(axes), "at least one problem whose window fits its shape", "a smaller kernel_size")
+    return list(cases), num_left_out
+
+
+def _fits(words: Mapping[str, Any]) -> bool:
+    """Whether kernel_size * dilation fits every axis; what is no list of numbers is left to ``Case.of``."""
+    try:
+        spatial, window, dilation = (
+            [int(part) for part in str(words.get(word, 1)).split("x")] for word in ("shape", "kernel_size", "dilation")
+        )
+    except ValueError:
+        return True
+    window, dilation = (part * len(spatial) if len(part) == 1 else part for part in (window, dilation))
+    return all(k * d <= length for k, d, length in zip(window, dilation, spatial, strict=False))

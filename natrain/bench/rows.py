@@ -1,0 +1,75 @@
+"""The CSV of a sweep: one line a run, appended whole or not at all, so that a killed sweep goes on where it was."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from natrain.bench.case import WORDS
+from natrain.errors import invalid
+
+COLUMNS = (
+    "plan", *WORDS, "arm", "direction", "status", "reason", "median_ms", "low_ms", "high_ms", "runs", "timer", "cache",
+    "threads", "clock_mhz", "peak_mib", "error", "device", "torch", "commit", "session", "utc",
+)  # fmt: skip
+# "ok"; "unsupported": the kernel said so before it ran; "failed": it raised, or its output was wrong.
+STATUSES = ("ok", "unsupported", "failed")
+
+
+def _line(values: list) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(["" if value is None else value for value in values])
+    return text.getvalue().encode()
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one row; missing columns stay empty. Several processes may append to one file at once."""
+    unknown = set(row) - set(COLUMNS)
+    assert not unknown, f"no such columns: {unknown}"
+    values = [row.get(column) for column in COLUMNS]
+    values[COLUMNS.index("reason")] = " ".join(str(row.get("reason") or "").split())[:500]
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        # One write to a file opened for appending is one place in it, also beside other writers.
+        os.write(descriptor, _line(values))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def start(path: Path) -> None:
+    """Make the file with its header, or end a line that a killed process left unfinished."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        with open(path, "rb+") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+        return
+    os.write(descriptor, _line(list(COLUMNS)))
+    os.close(descriptor)
+
+
+def read(path: Path) -> Iterator[dict[str, str]]:
+    """The complete rows of the file; half of a row that a killed process left is passed over.
+
+    Raises:
+        ValueError: its columns are not those of this version.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        lines = csv.reader(file)
+        header = next(lines, None)
+        if header != list(COLUMNS):
+            raise invalid("results", str(path), "a CSV of this version's sweeps", "another --out folder")
+        for values in lines:
+            if len(values) == len(COLUMNS) and values[COLUMNS.index("status")] in STATUSES and values[-1]:
+                yield dict(zip(COLUMNS, values, strict=True))
+
+
+def key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run is: its problem, contender and direction."""
+    return (*(str(row[word]) for word in WORDS), row["arm"], row["direction"])

@@ -1,0 +1,359 @@
+"""Run a sweep: every contender on every problem of a yaml, one row of a CSV each; goes on where it was stopped.
+
+    python3 -m natrain.bench.sweep PLAN.yaml --out DIR --only dtype=fp16 --time-limit 540
+
+Needs torch, timm and PyYAML alone. What was measured stays measured: the same command again measures what is missing,
+after a kill too. ``natrain ablate`` is the same with names in place of files, and with several devices and commits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from natrain.bench import rows
+from natrain.bench.arms import Arm, find_arm
+from natrain.bench.case import WORDS, Case
+from natrain.bench.environment import commit_of_code, environment
+from natrain.bench.estimate import kernel_seconds
+from natrain.bench.plan import ArmSpec, Plan, read_plan
+from natrain.bench.run_case import DeviceLost, Outcome, Setup, close_calls, run_case
+from natrain.errors import invalid
+from natrain.jit import BuildError, BuildSpec, build, find_built
+
+# What a contender costs besides its timed calls, measured roughly: truth, warm-ups, capture; emptying the caches.
+_OVERHEAD_S = {"cuda": 0.08, "cpu": 0.02}
+_FLUSH_S = {"cuda": 0.0002, "cpu": 0.03}
+_COMPILE_S = 1.5
+_TRIES = 2  # times that a problem may end the process before it counts as failed
+
+Missing = dict[Case, dict[ArmSpec, list[str]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What does not change the results: where, which part, how long."""
+
+    out: Path
+    device: str
+    only: Mapping[str, str]
+    arms: Sequence[str] | None = None
+    time_limit_s: float | None = None
+    chunk: int = 24
+    shard: tuple[int, int] = (0, 1)
+    retry_failed: bool = False
+
+    @property
+    def results(self) -> Path:
+        return self.out / "results.csv"
+
+
+def missing_runs(plan: Plan, options: Options) -> Missing:
+    """What is not in the CSV yet, by problem, in a fixed random order: any part of a sweep covers all of its kinds.
+
+    Raises:
+        ValueError: the CSV belongs to another yaml; ``only`` selects nothing.
+    """
+    found = set()
+    if options.results.exists():
+        for row in rows.read(options.results):
+            if row["plan"] != plan.digest:
+                raise invalid(
+                    "--out",
+                    str(options.out),
+                    f"a folder of this plan ({plan.digest}), not of {row['plan']}",
+                    "--out NEW",
+                )
+            if row["status"] == "ok" or not options.retry_failed:
+                found.add(rows.key(row))
+    index, count = options.shard
+    cases = [case for case in plan.cases if all(str(case.words[word]) == value for word, value in options.only.items())]
+    if not cases:
+        raise invalid("--only", dict(options.only), "words that some problem has", "--only dtype=fp16")
+    random.Random(plan.digest).shuffle(cases)
+    missing: Missing = {}
+    for case in cases[index::count]:
+        for arm in plan.arms:
+            if options.arms is not None and arm.name not in options.arms:
+                continue
+            wanted = [
+                which
+                for which in plan.directions
+                if rows.key({**case.words, "arm": arm.name, "direction": which}) not in found
+            ]
+            if wanted:
+                missing.setdefault(case, {})[arm] = wanted
+    return missing
+
+
+def count_runs(missing: Missing) -> int:
+    return sum(len(which) for arms in missing.values() for which in arms.values())
+
+
+def estimated_s(plan: Plan, missing: Missing, device: str) -> float:
+    """A guess of the seconds that these runs take, compilation included."""
+    total = 0.0
+    for case, arms in missing.items():
+        for arm, directions in arms.items():
+            for which in directions:
+                call = kernel_seconds(case, arm.kernel, which, device)
+                total += _OVERHEAD_S[device] + min(plan.seconds, (plan.runs + 6) * (call + _FLUSH_S[device]))
+    return total + (_compile_s(missing) if device == "cuda" else 0)
+
+
+def _compile_s(missing: Missing) -> float:
+    """Kernels not compiled yet, side by side on every processor."""
+    specs = {spec.key(): spec for case, arms in missing.items() for spec in _specs(case, arms)}
+    return _COMPILE_S * sum(find_built(spec) is None for spec in specs.values()) / (os.cpu_count() or 1)
+
+
+def _specs(case: Case, arms: Mapping[ArmSpec, Sequence[str]]) -> list[BuildSpec]:
+    if not torch.cuda.is_available():
+        return []
+    from natrain.jit.cuda import arch_of
+
+    arch = arch_of(torch.cuda.get_device_capability())
+    return [spec for arm in arms for spec in find_arm(arm.kernel).build_specs(case, arch)]
+
+
+def compile_ahead(cases: Mapping[Case, Mapping[ArmSpec, Sequence[str]]]) -> int:
+    """Compile all that these problems launch, on every processor at once; the number compiled.
+
+    A kernel that does not compile says so when it is measured.
+    """
+    specs = {spec.key(): spec for case, arms in cases.items() for spec in _specs(case, arms)}
+    todo = [spec for spec in specs.values() if find_built(spec) is None]
+
+    def attempt(spec: BuildSpec) -> None:
+        try:
+            build(spec)
+        except BuildError:
+            pass
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        list(pool.map(attempt, todo))
+    return len(todo)
+
+
+def run_sweep(plan: Plan, options: Options) -> int:
+    """Measure what is missing; 0 when nothing is missing any more, 3 when the time limit came first.
+
+    Raises:
+        DeviceLost: a kernel broke the device; its row is written, and a new process goes on.
+    """
+    started = time.monotonic()
+    options.out.mkdir(parents=True, exist_ok=True)
+    missing = missing_runs(plan, options)
+    _announce(plan, missing, options)
+    if not missing:
+        return 0
+    rows.start(options.results)
+    _keep_plan(plan, options)
+    if options.device == "cuda":
+        torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
+    arms = {spec: _named(spec) for case in missing.values() for spec in case}
+    writer = _Writer(plan, options)
+    todo = list(missing.items())
+    setup = Setup(options.device, plan.runs, plan.timer, plan.cache, plan.seconds)
+    for first in range(0, len(todo), options.chunk):
+        part = dict(todo[first : first + options.chunk])
+        if _is_over(started, options, _compile_s(part) if options.device == "cuda" else 0):
+            return _stop(len(todo) - first, options)
+        if compiled := compile_ahead(part):
+            print(f"compiled {compiled} kernels, {time.monotonic() - started:.0f} s since the start", flush=True)
+        for index, (case, wanted) in enumerate(part.items(), start=first):
+            if _is_over(started, options, estimated_s(plan, {case: wanted}, options.device)):
+                return _stop(len(todo) - index, options)
+            with _Attempt(options, case) as tries:
+                if tries > _TRIES:
+                    _give_up(writer, case, wanted)
+                    continue
+                found = []
+                for outcome in run_case(case, {arms[spec]: which for spec, which in wanted.items()}, setup):
+                    writer.write(case, outcome)
+                    found.append(outcome)
+            _say(f"[{index + 1}/{len(todo)}] {case.name}", found, plan.baseline)
+    print(f"done in {time.monotonic() - started:.0f} s: {options.results}")
+    return 0
+
+
+def _announce(plan: Plan, missing: Missing, options: Options) -> None:
+    runs = count_runs(missing)
+    total = len(plan.cases) * len(plan.arms) * len(plan.directions)
+    left_out = f", {plan.num_left_out} combinations whose window does not fit left out" if plan.num_left_out else ""
+    print(f"{plan.name} ({plan.digest}): {len(plan.cases)} problems, {total} runs in all{left_out}")
+    threads = f", {torch.get_num_threads()} threads, wall clock" if options.device == "cpu" else ""
+    seconds = estimated_s(plan, missing, options.device) if missing else 0
+    print(f"to measure: {runs} runs on {options.device}{threads}, about {seconds:.0f} s; {options.results}", flush=True)
+
+
+def _keep_plan(plan: Plan, options: Options) -> None:
+    """The yaml and the environment of each session beside the rows."""
+    (options.out / "plan.yaml").write_text(plan.text, encoding="utf-8")
+    note = {**environment(options.device), "baseline": plan.baseline, "plan": plan.name}
+    with open(options.out / "environment.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(note) + "\n")
+
+
+def _named(spec: ArmSpec) -> Arm:
+    arm = find_arm(spec.kernel)
+    if arm.name != spec.name:
+        from natrain.bench.arms import KernelArm
+
+        arm = KernelArm(spec.kernel, spec.name)
+    return arm
+
+
+def _is_over(started: float, options: Options, needed_s: float) -> bool:
+    return options.time_limit_s is not None and time.monotonic() - started + needed_s > options.time_limit_s
+
+
+def _stop(problems: int, options: Options) -> int:
+    print(f"stopped by the time limit of {options.time_limit_s:.0f} s; {problems} problems are left, run it again")
+    return 3
+
+
+class _Writer:
+    def __init__(self, plan: Plan, options: Options) -> None:
+        self._path = options.results
+        self._common = {
+            "plan": plan.digest,
+            "timer": plan.timer if options.device == "cuda" else "wall",
+            "cache": plan.cache,
+            "threads": torch.get_num_threads() if options.device == "cpu" else None,
+            "device": environment(options.device)["device"],
+            "torch": torch.__version__,
+            "commit": commit_of_code(),
+            "session": secrets.token_hex(3),
+        }
+
+    def write(self, case: Case, outcome: Outcome) -> None:
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        rows.append(self._path, {**self._common, **case.words, **outcome.row, "utc": now})
+
+
+class _Attempt:
+    """Counts, in a file, how often a problem was begun by a process that did not live to end it."""
+
+    def __init__(self, options: Options, case: Case) -> None:
+        self._path = options.out / f".attempt-{options.shard[0]}"
+        self._name = case.name
+
+    def __enter__(self) -> int:
+        tries = 0
+        if self._path.exists():
+            name, _, count = self._path.read_text().rpartition("\t")
+            tries = int(count) if name == self._name and count.isdigit() else 0
+        self._path.write_text(f"{self._name}\t{tries + 1}")
+        return tries + 1
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self._path.unlink(missing_ok=True)
+
+
+def _give_up(writer: _Writer, case: Case, wanted: Mapping[ArmSpec, Sequence[str]]) -> None:
+    for spec, directions in wanted.items():
+        for which in directions:
+            writer.write(case, Outcome(spec.name, which, "failed", f"the process ended {_TRIES} times while at this"))
+
+
+def _say(title: str, outcomes: Sequence[Outcome], baseline: str) -> None:
+    cells = []
+    for name in dict.fromkeys(outcome.arm for outcome in outcomes):
+        own = [outcome for outcome in outcomes if outcome.arm == name]
+        cells.append(f"{name} " + "/".join(f"{o.timing.median_ms:.3f}" if o.timing else o.status for o in own))
+    print(title, " ".join(cells), flush=True)
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            print(f"    {outcome.arm} {outcome.direction} failed: {outcome.reason[:200]}", flush=True)
+    for line in close_calls(outcomes, baseline):
+        print(f"    {line}", flush=True)
+
+
+def parse_only(words: Sequence[str]) -> dict[str, str]:
+    """``dtype=fp16 op=na2d`` as a mapping.
+
+    Raises:
+        ValueError: not the word of a problem.
+    """
+    only = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in WORDS:
+            raise invalid("--only", word, f"WORD=VALUE, a word of {', '.join(WORDS)}", "--only dtype=fp16")
+        only[name] = value
+    return only
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that ``natrain ablate`` shares."""
+    parser.add_argument("--only", nargs="+", default=[], metavar="WORD=VALUE", help="problems with these words only")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="these contenders only")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="stop in time (exit code 3); again goes on")
+    parser.add_argument("--chunk", type=int, default=24, help="problems whose kernels are compiled at once")
+    parser.add_argument("--retry-failed", action="store_true", help="measure again what has no time")
+
+
+def options_of(arguments: argparse.Namespace, out: Path, device: str, shard: tuple[int, int] = (0, 1)) -> Options:
+    return Options(
+        out,
+        device,
+        parse_only(arguments.only),
+        arguments.arms,
+        arguments.time_limit,
+        arguments.chunk,
+        shard,
+        arguments.retry_failed,
+    )
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command of this module's head; exit code 3 at the time limit."""
+    import yaml
+
+    parser = argparse.ArgumentParser(prog="natrain.bench.sweep", description=__doc__)
+    parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="settings of the plan, axes of its problems")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default_device())
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th problem from the I-th on")
+    add_options(parser)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    changes = {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in arguments.changes}
+    index, _, count = arguments.shard.partition("/")
+    options = options_of(arguments, arguments.out, arguments.device, (int(index), int(count)))
+    try:
+        return run_sweep(read_plan(arguments.plan, changes), options)
+    except DeviceLost as error:
+        print(f"device lost: {error}; going on in a new process", flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "natrain.bench.sweep", *argv])
+
+
+def read_results(folder: Path) -> Iterator[dict[str, str]]:
+    """The rows of a sweep's folder."""
+    return rows.read(folder / "results.csv")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")
