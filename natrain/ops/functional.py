@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from natrain.errors import invalid
+from natrain.ops import eager
 from natrain.ops.dropout import draw_seed
 from natrain.ops.problem import (
     AXES,
@@ -69,15 +70,25 @@ def _check_kernel(kernel: str) -> str:
     return kernel
 
 
-def _attend(q: Tensor, tensors: tuple[Tensor, ...], rpb, key_mask, return_lse, run: Run):
-    check_key_mask(key_mask, q)
-    seed = draw_seed(q.device) if run.dropout_p > 0 else None
-    op = ops.attention if len(tensors) == 3 else ops.attention_qkvpacked
-    out, lse = op(*tensors, rpb, key_mask, seed, *run.args)
+def _attend(check: Callable[..., Run], tensors: tuple[Tensor, ...], rpb, key_mask, options: tuple, return_lse: bool):
+    """``check`` makes a Run of all these or raises; ``options`` are those of ``_run_of``."""
+    key = eager.look(check, tensors, rpb, key_mask, options) if eager.is_plain() else None
+    call = None if key is None else eager.recall(key)
+    if call is None:
+        run = check(*tensors, rpb, key_mask, *options)
+        if key is not None:
+            call = eager.remember(key, run, tensors, rpb, key_mask)
+    outputs = None if call is None else call(tensors, rpb, key_mask)
+    if outputs is None:
+        run = run if call is None else call.run
+        seed = draw_seed(tensors[0].device) if run.dropout_p > 0 else None
+        op = ops.attention if len(tensors) == 3 else ops.attention_qkvpacked
+        outputs = op(*tensors, rpb, key_mask, seed, *run.args)
+    out, lse = outputs
     return (out, lse) if return_lse else out
 
 
-def _run_of(q: Tensor, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel) -> Run:
+def _run_of(q: Tensor, rpb, kernel_size, dilation, stride, is_causal, scale, dropout_p, kernel) -> Run:
     window = check_window(q.shape[1:-2], kernel_size, dilation, stride, is_causal)
     check_rpb(rpb, q, window)
     return Run(window, check_scale(scale, q.shape[-1]), check_dropout(dropout_p), _check_kernel(kernel))
@@ -89,6 +100,23 @@ def _make(na_dim: int) -> dict[str, Callable]:
     text = {"na_dim": na_dim, "axes": axes, "kernel": _KERNEL}
     text["key_mask"] = _KEY_MASK.format(axes=axes)
     text["rpb"] = _RPB.format(rpb_shape=", ".join(f"2 * k_{axis} - 1" for axis in AXES[na_dim]))
+
+    def check(q: Tensor, k: Tensor, v: Tensor, rpb, key_mask, *options) -> Run:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            check_heads_last(name, tensor, na_dim)
+        check_kv(k, v, q)
+        check_key_mask(key_mask, q)
+        return _run_of(q, rpb, *options)
+
+    def check_packed(qkv: Tensor, rpb, key_mask, *options) -> Run:
+        check_heads_last("qkv", qkv, na_dim, extra="3, ")
+        if qkv.shape[-3] != 3:
+            raise invalid(
+                "qkv.shape", tuple(qkv.shape), f"[B, {axes}, 3, heads, head_dim]", "qkv.unflatten(-1, (3, heads, -1))"
+            )
+        q = qkv.select(-3, 0)
+        check_key_mask(key_mask, q)
+        return _run_of(q, rpb, *options)
 
     def attention(
         q: Tensor,
@@ -105,12 +133,8 @@ def _make(na_dim: int) -> dict[str, Callable]:
         return_lse: bool = False,
         kernel: str = "auto",
     ) -> Any:
-        check_heads_last("q", q, na_dim)
-        for name, tensor in (("k", k), ("v", v)):
-            check_heads_last(name, tensor, na_dim)
-        check_kv(k, v, q)
-        run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel)
-        return _attend(q, (q, k, v), rpb, key_mask, return_lse, run)
+        options = (kernel_size, dilation, stride, is_causal, scale, dropout_p, kernel)
+        return _attend(check, (q, k, v), rpb, key_mask, options, return_lse)
 
     def attention_qkvpacked(
         qkv: Tensor,
@@ -125,14 +149,8 @@ def _make(na_dim: int) -> dict[str, Callable]:
         return_lse: bool = False,
         kernel: str = "auto",
     ) -> Any:
-        check_heads_last("qkv", qkv, na_dim, extra="3, ")
-        if qkv.shape[-3] != 3:
-            raise invalid(
-                "qkv.shape", tuple(qkv.shape), f"[B, {axes}, 3, heads, head_dim]", "qkv.unflatten(-1, (3, heads, -1))"
-            )
-        q = qkv.select(-3, 0)
-        run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, kernel)
-        return _attend(q, (qkv,), rpb, key_mask, return_lse, run)
+        options = (kernel_size, dilation, stride, is_causal, scale, dropout_p, kernel)
+        return _attend(check_packed, (qkv,), rpb, key_mask, options, return_lse)
 
     def qk(
         q: Tensor,
@@ -148,7 +166,7 @@ def _make(na_dim: int) -> dict[str, Callable]:
         check_heads_last("q", q, na_dim)
         check_heads_last("k", k, na_dim)
         check_same("k", k, q)
-        run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, 0.0, kernel)
+        run = _run_of(q, rpb, kernel_size, dilation, stride, is_causal, scale, 0.0, kernel)
         return ops.qk(q, k, rpb, *run.window_args, run.scale, -math.inf, run.kernel)
 
     def av(
@@ -161,7 +179,7 @@ def _make(na_dim: int) -> dict[str, Callable]:
         kernel: str = "auto",
     ) -> Tensor:
         check_heads_last("v", v, na_dim)
-        run = _run_of(v, kernel_size, dilation, stride, is_causal, None, None, 0.0, kernel)
+        run = _run_of(v, None, kernel_size, dilation, stride, is_causal, None, 0.0, kernel)
         if not isinstance(probs, Tensor):
             raise invalid("probs", type(probs).__name__, "a torch.Tensor", "probs=scores.softmax(-1)")
         check_same("probs", probs, v, (*v.shape[:-1], run.window.num_neighbors))
@@ -251,6 +269,6 @@ def _problem(
     if not isinstance(q, Tensor) or q.dim() - 3 not in AXES:
         value = tuple(q.shape) if isinstance(q, Tensor) else q
         raise invalid("q", value, "a Problem, or [B, *spatial, heads, head_dim] of rank 1 to 3", "explain(q, k, v, 7)")
-    run = _run_of(q, kernel_size, dilation, stride, is_causal, rpb, scale, dropout_p, "auto")
+    run = _run_of(q, rpb, kernel_size, dilation, stride, is_causal, scale, dropout_p, "auto")
     needs_grad = any(t is not None and t.requires_grad for t in (q, k, v, rpb))
     return run.problem(q, k, v, rpb, key_mask, needs_grad=needs_grad)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -45,7 +45,8 @@ class Problem:
 
     ``spatial``, ``batch`` in tokens and images; ``capability`` is CUDA's, None elsewhere; ``unfused`` when the caller
     asked for visible attention weights (``na*d_qk``, ``na*d_av``). ``kv_heads`` (a divisor of ``heads``) and
-    ``value_dim`` are those of q where not given.
+    ``value_dim`` are those of q where not given. ``is_symbolic``: true while
+    torch.compile traces with dynamic shapes; such a problem cannot be hashed.
     """
 
     batch: int
@@ -64,11 +65,22 @@ class Problem:
     kv_heads: int | None = None
     value_dim: int | None = None
     has_key_mask: bool = False
+    is_symbolic: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for field, default in (("kv_heads", self.heads), ("value_dim", self.head_dim)):
-            if getattr(self, field) is None:
-                object.__setattr__(self, field, default)
+        for name, default in (("kv_heads", self.heads), ("value_dim", self.head_dim)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        sizes = (self.batch, *self.spatial, self.heads, self.head_dim, self.kv_heads, self.value_dim)
+        object.__setattr__(self, "is_symbolic", any(isinstance(size, torch.SymInt) for size in sizes))
+
+    def __hash__(self) -> int:
+        # Kernels and the registry look up by problem in every call: the hash of all fields is taken once.
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
+            return self._hash
 
     @property
     def is_grouped(self) -> bool:
@@ -78,12 +90,6 @@ class Problem:
     @property
     def num_tokens(self) -> int:
         return math.prod(self.spatial)
-
-    @property
-    def is_symbolic(self) -> bool:
-        """True while torch.compile traces with dynamic shapes: such a problem cannot be hashed."""
-        sizes = (self.batch, *self.spatial, self.heads, self.head_dim, self.kv_heads, self.value_dim)
-        return any(isinstance(size, torch.SymInt) for size in sizes)
 
     def __str__(self) -> str:
         window = self.window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -55,7 +56,7 @@ def test_every_limit_gives_its_own_reason():
         assert expected in reasons
     assert "device cpu (has cuda)" in "; ".join(Picky().unsupported_reasons(_problem()))
     inside = _problem(window=Window((3,), (1,), (1,), (False,)), spatial=(8,), head_dim=0, dtype=torch.bfloat16)
-    assert Picky().unsupported_reasons(_problem(**{**inside.__dict__, "device": "cuda", "capability": (9, 0)})) == []
+    assert Picky().unsupported_reasons(dataclasses.replace(inside, device="cuda", capability=(9, 0))) == []
     wide = Limits(max_head_dim=48, head_dim_multiple=32, value_dim=True)
     assert wide.reasons(_problem(value_dim=64)) == ["head_dim of v 64 (at most 48)"]
     assert wide.reasons(_problem(value_dim=40)) == ["head_dim of v 40 (a multiple of 32)"]
