@@ -1,36 +1,22 @@
 // What the naive kernels share: the constants of a specialisation, the launch's argument, and who works on what.
 //
-// Axes are always z, y, x; a problem of lower rank has leading axes of length 1 and kernel size 1, which the compiler
-// folds away. Baked in (macros, from natrain/ops/naive.py): NATRAIN_DTYPE, NATRAIN_HEAD_DIM, and per axis
-// NATRAIN_KERNEL_SIZE_Z.., NATRAIN_STRIDE_Z.., NATRAIN_IS_CAUSAL_Z..; NATRAIN_VECTOR (elements of q, k, v an access
-// moves), NATRAIN_LANES (threads that share a row of D), NATRAIN_POSITIONS (adjacent queries, or keys, along x that
-// they work on at once), NATRAIN_OFFSET (int where every offset inside an image fits, else long long);
-// NATRAIN_THREADS and NATRAIN_MIN_BLOCKS (of a block, and on a multiprocessor: they bound the registers).
+// Baked in besides problem_constants.cuh (macros, from natrain/ops/naive.py): NATRAIN_DTYPE, NATRAIN_HEAD_DIM,
+// NATRAIN_VECTOR (elements of q, k, v an access moves), NATRAIN_LANES (threads that share a row of D), NATRAIN_POSITIONS
+// (adjacent queries, or keys, along x that they work on at once), NATRAIN_OFFSET (int where every offset inside an image
+// fits, else long long); NATRAIN_THREADS and NATRAIN_MIN_BLOCKS (of a block, and on a multiprocessor: they bound the
+// registers).
 //
 // B batch, Z Y X tokens, N heads, D head_dim, K neighbours, P pitch: a row of K weights, padded to 16 bytes.
 #pragma once
 
 #include "numeric.cuh"
-#include "window.h"
+#include "problem_constants.cuh"
 
 namespace natrain {
 
 using Element = NATRAIN_DTYPE;
 using Acc = Accumulator<Element>::type;
 using Offset = NATRAIN_OFFSET;
-
-__device__ constexpr int kernel_size(int axis) {
-  const int sizes[3] = {NATRAIN_KERNEL_SIZE_Z, NATRAIN_KERNEL_SIZE_Y, NATRAIN_KERNEL_SIZE_X};
-  return sizes[axis];
-}
-__device__ constexpr int window_stride(int axis) {
-  const int strides[3] = {NATRAIN_STRIDE_Z, NATRAIN_STRIDE_Y, NATRAIN_STRIDE_X};
-  return strides[axis];
-}
-__device__ constexpr bool is_causal(int axis) {
-  const bool causal[3] = {NATRAIN_IS_CAUSAL_Z, NATRAIN_IS_CAUSAL_Y, NATRAIN_IS_CAUSAL_X};
-  return causal[axis];
-}
 
 constexpr int HEAD_DIM = NATRAIN_HEAD_DIM;
 constexpr int VECTOR = NATRAIN_VECTOR;
@@ -46,11 +32,6 @@ constexpr int COLUMNS = kernel_size(2) + (POSITIONS - 1) * window_stride(2);
 // Straight-line code hides the latency of loads better, as long as it fits the instruction cache.
 constexpr int UNROLL_ROWS = kernel_size(1) * COLUMNS <= 64 ? kernel_size(1) : 1;
 constexpr int UNROLL_CHUNKS = COLUMNS <= 32 ? COLUMNS : 1;
-
-// Strides in elements; the last axis ([D] or [K]) has stride 1.
-struct Layout {
-  long long batch, token[3], head;
-};
 
 struct Geometry {
   int length[3];    // tokens
@@ -119,9 +100,6 @@ struct Step {
 
   __device__ __forceinline__ Offset to(int at_z, int at_y, int at_x) const { return z * at_z + y * at_y + x * at_x; }
 };
-
-// All lanes of a warp shuffle together: a shuffle among some of them costs several instructions more.
-constexpr unsigned WARP = 0xffffffffu;
 
 __device__ __forceinline__ int largest_in_warp(int value) {
 #pragma unroll

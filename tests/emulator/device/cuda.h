@@ -74,7 +74,7 @@ void collective(const char* name, Place place, unsigned mask, void* request, voi
 void barrier(Place place);
 
 // Asynchronous copies of this thread: the destination holds NaN until its group has been waited for.
-void copy_async(Place place, unsigned shared, const void* global, bool valid);
+void copy_async(Place place, unsigned bytes, unsigned shared, const void* global, bool valid);
 void commit_async();
 void wait_async(int groups_in_flight);
 #pragma GCC visibility pop
@@ -209,6 +209,11 @@ inline float __expf(float x) { return expf(x); }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __frcp_rn(float x) { return 1 / x; }
+// Never contracted with a sum.
+inline float __fmul_rn(float x, float y) {
+  volatile float product = x * y;
+  return product;
+}
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }

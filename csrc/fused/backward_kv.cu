@@ -1,0 +1,161 @@
+// dK and dV of a tile of keys, from the queries whose windows hold them; and the last sum of the bias gradient.
+//
+// NATRAIN_GRADIENTS 1: dK, 2: dV, 3: both; for head dims whose sums of both would not fit a thread's registers.
+#include "backward.cuh"
+
+using namespace natrain;
+
+static_assert(ROWS_ARE_KEYS);
+static_assert(AFTER_TABLE <= NATRAIN_SHARED_BYTES);
+constexpr bool HAS_D_K = NATRAIN_GRADIENTS & 1, HAS_D_V = NATRAIN_GRADIENTS & 2;
+
+// Every entry by one warp, in a fixed order.
+__device__ __forceinline__ void sum_bias(const Arguments& args) {
+  const int lane = threadIdx.x % 32, count = args.geometry.heads * args.geometry.heads_per_kv * ENTRIES;
+  for (int i = blockIdx.x * WARPS + threadIdx.x / 32; i < count; i += gridDim.x * WARPS) {
+    const float* from = args.bias_partial + (long long)(i / ENTRIES) * args.partials * ENTRIES + i % ENTRIES;
+    float sum = 0;
+    for (int partial = lane; partial < args.partials; partial += 32) sum += from[(long long)partial * ENTRIES];
+#pragma unroll
+    for (int width = 16; width > 0; width /= 2) sum += __shfl_xor_sync(WARP, sum, width);
+    if (lane == 0) args.d_rpb[i] = sum;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
+    natrain_fused_backward_kv(const __grid_constant__ Arguments args) {
+  NATRAIN_DYNAMIC_SHARED(bytes);
+  const Shared shared{bytes, shared_address(bytes)};
+  const Geometry& g = args.geometry;
+  const Tile tile(g);
+  const Scale scale(args.scale);
+  Tile of_query = tile;  // the same of a head of q
+  of_query.head = tile.head * g.heads_per_kv;
+  StartTable::fill(bytes + TABLE_AT, of_query, args.rpb, scale.per_scale);
+
+  Stream stream(args, tile, shared.address);
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i) stream.fetch();
+
+  const int lane = threadIdx.x % 32;
+  const LaneRows lane_rows(tile);
+#if NATRAIN_START_TABLE
+  Start start(of_query, TABLE_AT);
+#else
+  Start start(of_query, args.rpb, scale.per_scale);
+#endif
+  const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
+  const unsigned stored_rows = __ballot_sync(WARP, tile.has_row(lane % 16)) & 0xffff;
+  if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
+
+  Rows<HEAD_DIM> k;
+  Rows<VALUE_DIM> v;
+  float d_k[HAS_D_K ? HEAD_DIM / 8 : 1][4], d_v[HAS_D_V ? VALUE_DIM / 8 : 1][4];
+  bool may_attend[2] = {true, true};  // to keys g and g + 8
+  int stage = 0, rows_buffer = 0;
+  for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
+    cp_async_wait<STAGES - 2>();
+    // What this thread fetched is there; now what all fetched, and nobody reads the stage that comes next.
+    __syncthreads();
+    of_query.head = tile.head * g.heads_per_kv + place.member;
+    if (HAS_RPB && g.heads_per_kv > 1 && place.is_first()) {
+      StartTable::fill(bytes + TABLE_AT, of_query, args.rpb, scale.per_scale);
+      __syncthreads();
+#if !NATRAIN_START_TABLE
+      start = Start(of_query, args.rpb, scale.per_scale);
+      if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
+#endif
+    }
+    stream.fetch();
+    const unsigned stage_at = stage * STAGE_BYTES, rows_at = Stream::rows_at(rows_buffer);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    const bool is_last = place.is_last(tile);
+    if (is_last) rows_buffer = rows_buffer + 1 == STAGES ? 0 : rows_buffer + 1;
+    if (!tile.is_active) continue;
+
+    if (place.is_first()) {
+      k.load(shared, rows_at, scale.keep, scale.flip);
+      v.load(shared, rows_at + ROWS_1_BYTES);
+      if (place.member == 0) {
+#pragma unroll
+        for (int i = 0; i < (HAS_D_K ? HEAD_DIM / 2 : 0); ++i) d_k[i / 4][i % 4] = 0;
+#pragma unroll
+        for (int i = 0; i < (HAS_D_V ? VALUE_DIM / 2 : 0); ++i) d_v[i / 4][i % 4] = 0;
+      }
+      if constexpr (HAS_KEY_MASK) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          may_attend[half] = __ldg(args.key_mask + place.image * tokens + tile.row_token(g, lane / 4 + 8 * half));
+      }
+    }
+
+    for_each_step(tile, place, [&](int z, int y, int x) {
+      if (!RESIDENT) start.to_step(lane_rows, z, y, x);
+      const unsigned line = ((z - place.at[0]) * chunk(1) + y - place.at[1]) * chunk(2);
+      const int x_in_chunk = x - place.at[2];
+      const unsigned q_line = stage_at + line * RowFormat<HEAD_DIM>::PITCH;
+      const unsigned d_out_line = stage_at + COLUMNS_1_BYTES + line * RowFormat<VALUE_DIM>::PITCH;
+      const unsigned q_columns = score_columns<HEAD_DIM>(shared, q_line, x_in_chunk);
+      const unsigned d_out_columns = score_columns<VALUE_DIM>(shared, d_out_line, x_in_chunk);
+      const SumColumns<HEAD_DIM> q(shared, q_line, x_in_chunk);
+      const SumColumns<VALUE_DIM> d_out(shared, d_out_line, x_in_chunk);
+      const float2* statistics = reinterpret_cast<const float2*>(bytes + stage_at + COLUMNS_1_BYTES + COLUMNS_2_BYTES) + line +
+                                 x_in_chunk + lane % 4 * 2;
+      const LaneColumns columns{tile.halo_first[0] + z, tile.halo_first[1] + y, tile.halo_first[2] + x};
+#pragma unroll
+      for (int u = 0; u < GROUPS; ++u) {
+        if (start.is_empty(u) || is_past(tile, z, y, x, u)) continue;
+        float scores[2][4], d_probs[2][4];
+        float2 of_column[2][2];  // lse and delta
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          of_column[i / 2][i % 2] = statistics[group_tokens(u) + i / 2 * (PAIRS_OF_LINES ? chunk(2) : 8) + i % 2];
+        start.load(shared, u, scores);
+        k.multiply(scores, q_columns + group_bytes<HEAD_DIM>(u));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) d_probs[i / 4][i % 4] = HAS_DROPOUT ? 0 : -of_column[i / 4][i % 2].y;
+        if constexpr (HAS_D_K) v.multiply(d_probs, d_out_columns + group_bytes<VALUE_DIM>(u));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float2 column = of_column[i / 4][i % 2];
+          float& p = scores[i / 4][i % 4];
+          float& d_score = d_probs[i / 4][i % 4];
+          p = exp2_approx(fmaf(p, scale.exponent, -column.x));
+          if (HAS_KEY_MASK && !may_attend[i % 4 / 2]) p = 0;
+          if constexpr (HAS_DROPOUT) {
+            int query[3];
+            columns.locate(u, i, query);
+            const int r = lane / 4 + i % 4 / 2 * 8;
+            const int key[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
+            const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads * g.heads_per_kv, of_query.head,
+                                                         token_of(tile, g, query)));
+            const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
+            d_score = p * ((kept ? d_score * args.keep_scale : 0) - column.y);
+            p = kept ? p : 0;
+          } else {
+            d_score *= p;
+          }
+        }
+        if constexpr (HAS_D_V) d_out.add(d_v, scores, group_bytes<VALUE_DIM>(u));
+        if constexpr (HAS_D_K) q.add(d_k, d_probs, group_bytes<HEAD_DIM>(u));
+      }
+    });
+
+    if (is_last && place.member == g.heads_per_kv - 1) {
+      const float of_k[2] = {args.scale, args.scale}, keep = HAS_DROPOUT ? args.keep_scale : 1.f, of_v[2] = {keep, keep};
+      __syncwarp();
+      if constexpr (HAS_D_K) put_rows<HEAD_DIM>(shared, rows_at, d_k, of_k);
+      if constexpr (HAS_D_V) put_rows<VALUE_DIM>(shared, rows_at + ROWS_1_BYTES, d_v, of_v);
+      __syncwarp();
+      if constexpr (HAS_D_K)
+        store_rows<HEAD_DIM>(bytes + rows_at,
+                             args.d_k + place.image * args.d_k_at.batch + tile.group_origin(args.d_k_at, tile.head),
+                             row_offset(tile, Step(g, args.d_k_at), lane % 16), stored_rows);
+      if constexpr (HAS_D_V)
+        store_rows<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES,
+                              args.d_v + place.image * args.d_v_at.batch + tile.group_origin(args.d_v_at, tile.head),
+                              row_offset(tile, Step(g, args.d_v_at), lane % 16), stored_rows);
+    }
+  }
+  if (NATRAIN_BIAS_GRAD) sum_bias(args);
+}

@@ -1,0 +1,211 @@
+// dQ of a tile of queries, the statistics that backward_kv.cu reads, and the block's part of the bias gradient.
+//
+// The offset between a row and a column of a tile is the same for every image. So dS adds up over the images of a block
+// where it lies, in the fragments' registers, and is summed along the diagonals of equal offset once, at the end; where
+// those registers are too many, the diagonals are summed at once. Either way a warp adds to a table of its own, a lane to
+// entries of its own, and the block sums its warps in order.
+#include "backward.cuh"
+
+using namespace natrain;
+
+static_assert(!ROWS_ARE_KEYS);
+constexpr bool BIAS_GRAD = NATRAIN_BIAS_GRAD;
+constexpr bool BIAS_HELD = RESIDENT && GROUPS <= 8;
+// One group's dS as a matrix [16 rows, 16 columns], and the tables of the warps.
+constexpr int MATRIX_PITCH = 17;
+constexpr int MATRIX_BYTES = 16 * MATRIX_PITCH * 4;
+constexpr int BIAS_BYTES = BIAS_GRAD ? WARPS * (MATRIX_BYTES + ENTRIES * 4) : 0;
+static_assert(AFTER_TABLE + BIAS_BYTES <= NATRAIN_SHARED_BYTES);
+
+// Adds the sums of dS along its diagonals to this warp's table. `z`, `y`, `x`: of the group's first column in the halo.
+__device__ __forceinline__ void add_diagonals(const float (&d_scores)[2][4], const Tile& tile, int z, int y, int x, int u,
+                                              float* matrix, float* table) {
+  const int lane = threadIdx.x % 32;
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    matrix[(lane / 4 + i % 4 / 2 * 8) * MATRIX_PITCH + i / 4 * 8 + lane % 4 * 2 + i % 2] = d_scores[i / 4][i % 4];
+  __syncwarp();
+  constexpr int COLUMNS = PAIRS_OF_LINES ? 8 : 16, LINES = 16 / COLUMNS;
+  constexpr int DIAGONALS = COLUMNS + row_tile(2) - 1, ROW_LINES = row_tile(0) * row_tile(1);
+#pragma unroll 1
+  for (int i = lane; i < LINES * ROW_LINES * DIAGONALS; i += 32) {
+    const int diagonal = i % DIAGONALS - (row_tile(2) - 1), row_line = i / DIAGONALS % ROW_LINES, second = i / (DIAGONALS * ROW_LINES);
+    float sum = 0;
+#pragma unroll
+    for (int row = 0; row < row_tile(2); ++row) {
+      const int column = diagonal + row;
+      if (unsigned(column) < unsigned(COLUMNS)) sum += matrix[(row_line * row_tile(2) + row) * MATRIX_PITCH + second * COLUMNS + column];
+    }
+    const int line = group_line(u, second);
+    const int row[3] = {tile.row_first[0] + row_line / row_tile(1) - tile.halo_first[0],
+                        tile.row_first[1] + row_line % row_tile(1) - tile.halo_first[1], tile.row_first[2] - tile.halo_first[2]};
+    const int at[3] = {bias_index(0, row[0], z + line / step(1)), bias_index(1, row[1], y + line % step(1)),
+                       bias_index(2, row[2], x + group_x(u, 0) + diagonal)};
+    bool has = true;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) has = has && unsigned(at[axis]) < unsigned(2 * kernel_size(axis) - 1);
+    if (has) table[(at[0] * BIAS_Y + at[1]) * BIAS_X + at[2]] += sum;
+  }
+}
+
+// Sum of d_out * out over half a row: lanes 2r and 2r + 1 share row r.
+__device__ __forceinline__ float half_product(const unsigned char* d_out, const unsigned char* out) {
+  const int row = threadIdx.x % 32 / 2;
+  float sum = 0;
+#pragma unroll
+  for (int piece = threadIdx.x % 2; piece < RowFormat<VALUE_DIM>::CHUNKS; piece += 2) {
+    const unsigned at = RowFormat<VALUE_DIM>::at(row, piece);
+    float a[16 / sizeof(Element)], b[16 / sizeof(Element)];
+    load_mutable(reinterpret_cast<const Element*>(d_out + at), a);
+    load_mutable(reinterpret_cast<const Element*>(out + at), b);
+#pragma unroll
+    for (int i = 0; i < int(16 / sizeof(Element)); ++i) sum = fmaf(a[i], b[i], sum);
+  }
+  return sum + __shfl_xor_sync(WARP, sum, 1);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
+    natrain_fused_backward_q(const __grid_constant__ Arguments args) {
+  NATRAIN_DYNAMIC_SHARED(bytes);
+  const Shared shared{bytes, shared_address(bytes)};
+  const Geometry& g = args.geometry;
+  const Tile tile(g);
+  const Scale scale(args.scale);
+  StartTable::fill(bytes + TABLE_AT, tile, args.rpb, scale.per_scale);
+  float* const matrix = reinterpret_cast<float*>(bytes + AFTER_TABLE) + threadIdx.x / 32 * (MATRIX_BYTES / 4);
+  float* const tables = reinterpret_cast<float*>(bytes + AFTER_TABLE + WARPS * MATRIX_BYTES);
+  float* const table = tables + threadIdx.x / 32 * ENTRIES;
+  if constexpr (BIAS_GRAD)
+    for (int i = threadIdx.x; i < WARPS * ENTRIES; i += THREADS) tables[i] = 0;
+
+  Stream stream(args, tile, shared.address);
+#pragma unroll
+  for (int i = 0; i < STAGES - 1; ++i) stream.fetch();
+
+  const int lane = threadIdx.x % 32;
+  const LaneRows lane_rows(tile);
+#if NATRAIN_START_TABLE
+  Start start(tile, TABLE_AT);
+#else
+  Start start(tile, args.rpb, scale.per_scale);
+#endif
+  const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
+  const int pair_token = tile.row_token(g, lane / 2);
+  const bool has_pair_row = tile.has_row(lane / 2);
+  const unsigned stored_rows = __ballot_sync(WARP, tile.has_row(lane % 16)) & 0xffff;
+  if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
+
+  Rows<HEAD_DIM> q;
+  Rows<VALUE_DIM> d_out;
+  float d_q[HEAD_DIM / 8][4];
+  float d_bias[BIAS_GRAD && BIAS_HELD ? GROUPS : 1][2][4] = {};
+  float lse[2], delta[2];  // of rows g and g + 8
+  int stage = 0, rows_buffer = 0;
+  for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
+    cp_async_wait<STAGES - 2>();
+    // What this thread fetched is there; now what all fetched, and nobody reads the stage that comes next.
+    __syncthreads();
+    stream.fetch();
+    const unsigned stage_at = stage * STAGE_BYTES, rows_at = Stream::rows_at(rows_buffer);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+    const bool is_last = place.is_last(tile);
+    if (is_last) rows_buffer = rows_buffer + 1 == STAGES ? 0 : rows_buffer + 1;
+    if (!tile.is_active) continue;
+
+    if (place.is_first()) {
+      q.load(shared, rows_at, scale.keep, scale.flip);
+      d_out.load(shared, rows_at + ROWS_1_BYTES);
+#pragma unroll
+      for (int i = 0; i < HEAD_DIM / 2; ++i) d_q[i / 4][i % 4] = 0;
+      const long long token = place.image * tokens + pair_token;
+      float row_lse = args.lse[token * g.heads + tile.head] * LOG2_E;
+      float row_delta = half_product(bytes + rows_at + ROWS_1_BYTES, bytes + rows_at + ROWS_1_BYTES + ROWS_2_BYTES);
+      if (args.d_lse) row_delta -= args.d_lse[token * g.heads + tile.head];
+      // Every probability of a query that sees no key is 0, and of a row that is none.
+      if (row_lse == MINUS_INFINITY || !has_pair_row) row_lse = -MINUS_INFINITY;
+      if (has_pair_row && lane % 2 == 0)
+        args.statistics[(place.image * (long long)g.heads + tile.head) * tokens + pair_token] = make_float2(row_lse, row_delta);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        lse[half] = __shfl_sync(WARP, row_lse, lane / 4 * 2 + 16 * half);
+        delta[half] = __shfl_sync(WARP, row_delta, lane / 4 * 2 + 16 * half);
+      }
+    }
+
+    for_each_step(tile, place, [&](int z, int y, int x) {
+      if (!RESIDENT) start.to_step(lane_rows, z, y, x);
+      const unsigned line = ((z - place.at[0]) * chunk(1) + y - place.at[1]) * chunk(2);
+      const int x_in_chunk = x - place.at[2];
+      const unsigned k_line = stage_at + line * RowFormat<HEAD_DIM>::PITCH;
+      const unsigned v_line = stage_at + COLUMNS_1_BYTES + line * RowFormat<VALUE_DIM>::PITCH;
+      const unsigned k_columns = score_columns<HEAD_DIM>(shared, k_line, x_in_chunk);
+      const unsigned v_columns = score_columns<VALUE_DIM>(shared, v_line, x_in_chunk);
+      const SumColumns<HEAD_DIM> k(shared, k_line, x_in_chunk);
+      const LaneColumns columns{tile.halo_first[0] + z, tile.halo_first[1] + y, tile.halo_first[2] + x};
+#pragma unroll
+      for (int u = 0; u < GROUPS; ++u) {
+        if (start.is_empty(u) || is_past(tile, z, y, x, u)) continue;
+        float scores[2][4], d_probs[2][4];
+        start.load(shared, u, scores);
+        q.multiply(scores, k_columns + group_bytes<HEAD_DIM>(u));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) d_probs[i / 4][i % 4] = HAS_DROPOUT ? 0 : -delta[i % 4 / 2];
+        d_out.multiply(d_probs, v_columns + group_bytes<VALUE_DIM>(u));
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& d_score = scores[i / 4][i % 4];
+          float d_prob = d_probs[i / 4][i % 4];
+          float p = exp2_approx(fmaf(d_score, scale.exponent, -lse[i % 4 / 2]));
+          if constexpr (HAS_KEY_MASK || HAS_DROPOUT) {
+            int key[3];
+            columns.locate(u, i, key);
+            if (HAS_KEY_MASK && !__ldg(args.key_mask + place.image * tokens + token_of(tile, g, key))) p = 0;
+            if (HAS_DROPOUT) {
+              const int r = lane / 4 + i % 4 / 2 * 8;
+              const int query[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
+              const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads, tile.head, tile.row_token(g, r)));
+              const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
+              d_prob = (kept ? d_prob * args.keep_scale : 0) - delta[i % 4 / 2];
+            }
+          }
+          d_score = p * d_prob;
+        }
+        k.add(d_q, scores, group_bytes<HEAD_DIM>(u));
+        if constexpr (BIAS_GRAD && BIAS_HELD) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) d_bias[u][i / 4][i % 4] += scores[i / 4][i % 4];
+        } else if constexpr (BIAS_GRAD) {
+          add_diagonals(scores, tile, z, y, x, u, matrix, table);
+        }
+      }
+    });
+
+    if (is_last) {
+      const float factor[2] = {args.scale, args.scale};
+      __syncwarp();
+      put_rows<HEAD_DIM>(shared, rows_at, d_q, factor);
+      __syncwarp();
+      store_rows<HEAD_DIM>(bytes + rows_at, args.d_q + place.image * args.d_q_at.batch + tile.group_origin(args.d_q_at, tile.head),
+                           row_offset(tile, Step(g, args.d_q_at), lane % 16), stored_rows);
+    }
+  }
+
+  if constexpr (BIAS_GRAD) {
+    if constexpr (BIAS_HELD) {
+      if (tile.is_active) {
+#pragma unroll
+        for (int u = 0; u < GROUPS; ++u)
+          add_diagonals(d_bias[u], tile, tile.box_first[0], tile.box_first[1], tile.box_first[2], u, matrix, table);
+      }
+    }
+    __syncthreads();
+    const unsigned tiles = args.partials / g.splits, at = blockIdx.x % tiles;
+    float* partial = args.bias_partial + ((long long)tile.head * args.partials + tile.first_image * tiles + at) * ENTRIES;
+    for (int i = threadIdx.x; i < ENTRIES; i += THREADS) {
+      float sum = 0;
+      for (int warp = 0; warp < WARPS; ++warp) sum += tables[warp * ENTRIES + i];
+      partial[i] = sum;
+    }
+  }
+}

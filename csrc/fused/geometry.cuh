@@ -1,0 +1,148 @@
+// Who works on what in the tensor-core kernels, and which columns a row meets.
+//
+// *Rows* are the 16 tokens of a warp's row tile (forward, dQ: queries; dK/dV: keys), *columns* the tokens of the other
+// side. All positions are those of one dilation group. A *box* is a tile's columns: a box of positions that holds every
+// column of any of its rows; a *line* is one (z, y) row of it. A block's warps are a box of row tiles next to each other;
+// the union of their boxes, the *halo*, is fetched into shared memory, in chunks where it is large.
+//
+// Baked in (natrain/ops/fused_plan.py chooses, problem_constants.cuh holds the window), _Z _Y _X each:
+//   NATRAIN_ROW_TILE   extents of a row tile, product 16
+//   NATRAIN_WARPS      row tiles of a block
+//   NATRAIN_BOX        extents of a box, at least the reach of any tile; X is 8 (then Y is even) or a multiple of 16
+//   NATRAIN_CHUNK      extents of what one stage of shared memory holds; the whole halo if NATRAIN_RESIDENT
+//   NATRAIN_STEP       extents of what a warp computes at once: the box if NATRAIN_RESIDENT
+// and NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_VALUE_DIM, NATRAIN_OFFSET (int where every offset inside an image fits, else
+// long long), NATRAIN_ROWS_ARE_KEYS.
+#pragma once
+
+#include "intrinsics.cuh"
+#include "problem_constants.cuh"
+
+namespace natrain {
+
+using Element = NATRAIN_DTYPE;
+using Offset = NATRAIN_OFFSET;
+
+constexpr int HEAD_DIM = NATRAIN_HEAD_DIM;
+constexpr int VALUE_DIM = NATRAIN_VALUE_DIM;
+constexpr bool RESIDENT = NATRAIN_RESIDENT;
+constexpr bool ROWS_ARE_KEYS = NATRAIN_ROWS_ARE_KEYS;
+
+NATRAIN_PER_AXIS(int, row_tile, ROW_TILE)
+NATRAIN_PER_AXIS(int, warps, WARPS)
+NATRAIN_PER_AXIS(int, box, BOX)
+NATRAIN_PER_AXIS(int, chunk, CHUNK)
+NATRAIN_PER_AXIS(int, step, STEP)
+
+constexpr int WARPS = warps(0) * warps(1) * warps(2);
+constexpr int THREADS = 32 * WARPS;
+constexpr int CHUNK_TOKENS = chunk(0) * chunk(1) * chunk(2);
+// Columns are taken by 16, the k of an mma: two n8 blocks, of one line or of two.
+constexpr int GROUPS = step(0) * step(1) * step(2) / 16;
+constexpr bool PAIRS_OF_LINES = step(2) == 8;
+static_assert(row_tile(0) * row_tile(1) * row_tile(2) == 16);
+static_assert(PAIRS_OF_LINES ? step(1) % 2 == 0 : step(2) % 16 == 0);
+// A chunk narrower than the halo along x: groups are then aligned in the halo, else to the box.
+constexpr bool CHUNKED_X = NATRAIN_CHUNKED_X;
+static_assert(!CHUNKED_X || step(2) == chunk(2));
+
+struct Geometry {
+  int length[3];    // tokens
+  int dilation[3];
+  int tiles[3];     // block tiles that cover the longest dilation group
+  int heads;
+  int heads_per_kv; // heads of q that share one of k and v
+  int batch;
+  int splits;       // blocks that share the images of one tile
+};
+
+__device__ __forceinline__ int first_column(int axis, int row, int n) {
+  return ROWS_ARE_KEYS ? inverse_first(row, n, kernel_size(axis), window_stride(axis), is_causal(axis))
+                       : window_start(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+}
+// One past the last.
+__device__ __forceinline__ int end_column(int axis, int row, int n) {
+  return ROWS_ARE_KEYS ? inverse_last(row, n, kernel_size(axis), window_stride(axis), is_causal(axis)) + 1
+                       : window_end(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+}
+
+// Of row r (0 .. 15) of a row tile.
+__device__ constexpr int row_coordinate(int axis, int r) {
+  return axis == 2 ? r % row_tile(2) : axis == 1 ? r / row_tile(2) % row_tile(1) : r / (row_tile(2) * row_tile(1));
+}
+
+// What a block and this thread's warp work on; the block stays at it for the images first_image, + splits, ...
+struct Tile {
+  int head, first_image;
+  int group[3], length[3];        // dilation group, and its number of positions n
+  int block_first[3];             // first row of the block
+  int row_first[3];               // first row of the warp
+  int halo_first[3], halo_end[3]; // columns of the block
+  int box_first[3], box_end[3];   // columns of the warp, in positions from halo_first
+  bool is_active;                 // false: the warp has no row, its row_first is that of another tile
+
+  __device__ __forceinline__ explicit Tile(const Geometry& g) {
+    unsigned block = blockIdx.x, warp = threadIdx.x / 32;
+    is_active = true;
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis) {
+      const unsigned across = g.tiles[axis] * g.dilation[axis];
+      const unsigned at = block % across;
+      block /= across;
+      group[axis] = at % g.dilation[axis];
+      length[axis] = group_length(g.length[axis], g.dilation[axis], group[axis]);
+      const int rows = row_tile(axis) * warps(axis), last = length[axis] - 1;
+      // A shorter group may lack the last tile.
+      block_first[axis] = min(int(at / g.dilation[axis]) * rows, last);
+      const bool is_past = int(at / g.dilation[axis]) * rows > last;
+      row_first[axis] = block_first[axis] + int(warp % warps(axis)) * row_tile(axis);
+      warp /= warps(axis);
+      is_active = is_active && !is_past && row_first[axis] <= last;
+      row_first[axis] = min(row_first[axis], last);
+      halo_first[axis] = first_column(axis, block_first[axis], length[axis]);
+      halo_end[axis] = end_column(axis, min(block_first[axis] + rows - 1, last), length[axis]);
+      box_first[axis] = first_column(axis, row_first[axis], length[axis]) - halo_first[axis];
+      box_end[axis] = end_column(axis, min(row_first[axis] + row_tile(axis) - 1, last), length[axis]) - halo_first[axis];
+    }
+    head = block % g.heads;
+    first_image = block / g.heads;
+  }
+
+  // Position of row r of the warp's tile; past the end of the group it repeats the last one.
+  __device__ __forceinline__ int row(int axis, int r) const {
+    return min(row_first[axis] + row_coordinate(axis, r), length[axis] - 1);
+  }
+  __device__ __forceinline__ bool has_row(int r) const {
+    bool has = is_active;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) has = has && row_first[axis] + row_coordinate(axis, r) < length[axis];
+    return has;
+  }
+  // Token of row r in its image, row-major.
+  __device__ __forceinline__ int row_token(const Geometry& g, int r) const {
+    int token = 0;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) token = token * g.length[axis] + row(axis, r) * g.dilation[axis] + group[axis];
+    return token;
+  }
+
+  // Elements from (image, head) to the first token of the dilation group; heads of k and v are shared.
+  __device__ __forceinline__ long long group_origin(const Layout& at, int of_head) const {
+    return of_head * at.head + group[0] * at.token[0] + group[1] * at.token[1] + group[2] * at.token[2];
+  }
+};
+
+// From one position of a dilation group to the next, in elements.
+struct Step {
+  Offset to[3];
+
+  __device__ __forceinline__ Step(const Geometry& g, const Layout& at)
+      : to{Offset(at.token[0]) * g.dilation[0], Offset(at.token[1]) * g.dilation[1], Offset(at.token[2]) * g.dilation[2]} {}
+};
+
+// Elements from the first token of the dilation group to row `r`.
+__device__ __forceinline__ Offset row_offset(const Tile& tile, const Step& step, int r) {
+  return tile.row(0, r) * step.to[0] + tile.row(1, r) * step.to[1] + tile.row(2, r) * step.to[2];
+}
+
+}  // namespace natrain

@@ -1,0 +1,204 @@
+// The two matrix products of the tensor-core kernels, 16 rows by 16 columns at a time: scores (rows . columns, over D) and
+// sums (weights . columns, over the 16 columns). Scores stay in the fragment in which the mma leaves them: weights[i][j]
+// of n8 block i is row g + 8 * (j / 2), column 2t + j % 2, g = lane / 4, t = lane % 4.
+//
+// float32 multiplies in TF32, or with NATRAIN_TF32_TERMS 3 as big * big + big * small + small * big, which keeps 21 bits.
+#pragma once
+
+#include "halo.cuh"
+
+namespace natrain {
+
+// Shared memory by byte offset: ldmatrix and cp.async want addresses, plain loads pointers.
+struct Shared {
+  unsigned char* bytes;
+  unsigned address;
+};
+
+template <class T>
+struct Multiply {
+  static __device__ __forceinline__ void add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    mma_m16n8k16<T>(d, a, b);
+  }
+};
+template <>
+struct Multiply<float> {
+  template <int N>
+  static __device__ __forceinline__ void split(const unsigned (&x)[N], unsigned (&big)[N], unsigned (&small)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      big[i] = to_tf32(__uint_as_float(x[i]));
+      small[i] = to_tf32(__uint_as_float(x[i]) - __uint_as_float(big[i]));
+    }
+  }
+  static __device__ __forceinline__ void add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+    unsigned a_big[4], a_small[4], b_big[2], b_small[2];
+    split(a, a_big, a_small);
+    split(b, b_big, b_small);
+#if NATRAIN_TF32_TERMS == 3
+    mma_m16n8k8_tf32(d, a_small, b_big);
+    mma_m16n8k8_tf32(d, a_big, b_small);
+#endif
+    mma_m16n8k8_tf32(d, a_big, b_big);
+  }
+};
+
+// Where lane `piece` of a fragment lies, from where piece 0 lies: permuted in the lower three bits, linear above.
+template <int DIM>
+__device__ __forceinline__ unsigned at_piece(unsigned offset, int piece) {
+  return RowFormat<DIM>::SWIZZLED ? (offset ^ unsigned(piece % 8) * 16) + piece / 8 * 128 : offset + piece * 16;
+}
+
+// The A fragments of 16 rows of DIM elements; a step of the mma takes two 16-byte pieces of a row.
+template <int DIM>
+class Rows {
+  static constexpr int PIECES = RowFormat<DIM>::CHUNKS, STEPS = (PIECES + 1) / 2;
+  // Beyond 48 registers they are read again from shared memory for every use.
+  static constexpr bool HELD = 4 * STEPS <= 48;
+  unsigned held[HELD ? STEPS : 1][4];
+  unsigned address;
+  unsigned keep, flip;
+
+  __device__ __forceinline__ void read(int step, unsigned (&a)[4]) const {
+    const unsigned from = at_piece<DIM>(address, 2 * step);
+    if (2 * step + 1 < PIECES) {
+      ldmatrix_x4(a, from);
+    } else {
+      unsigned half[2];
+      ldmatrix_x2(half, from);
+      a[0] = half[0], a[1] = half[1], a[2] = a[3] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[i] = (a[i] & keep) ^ flip;
+  }
+
+ public:
+  // `offset`: of row 0. Every word is masked by `keep_bits`, then its `flip_bits` flipped: the factor 0, 1 or -1.
+  __device__ __forceinline__ void load(const Shared& shared, unsigned offset, unsigned keep_bits = ~0u, unsigned flip_bits = 0) {
+    const int lane = threadIdx.x % 32, row = lane % 16;
+    address = shared.address + offset + RowFormat<DIM>::at(row, lane / 16);
+    keep = keep_bits, flip = flip_bits;
+    if constexpr (HELD) {
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) read(step, held[step]);
+    }
+  }
+
+  // scores += rows . columns; `columns` from score_columns(), plus the bytes to another group.
+  __device__ __forceinline__ void multiply(float (&scores)[2][4], unsigned columns) const {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+      unsigned a[4], b[4];
+      if constexpr (HELD) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = held[step][i];
+      } else {
+        read(step, a);
+      }
+      ldmatrix_x4(b, at_piece<DIM>(columns, 2 * step));
+      // Past an odd number of pieces: what follows the row may be another one's infinity.
+      const bool whole = 2 * step + 1 < PIECES;
+      const unsigned b0[2] = {b[0], whole ? b[1] : 0}, b1[2] = {b[2], whole ? b[3] : 0};
+      Multiply<Element>::add(scores[0], a, b0);
+      Multiply<Element>::add(scores[1], a, b1);
+    }
+  }
+};
+
+// Bytes from a group's first column to its second n8 block: in the same line, or in the next.
+template <int DIM>
+constexpr unsigned SECOND_BLOCK = (PAIRS_OF_LINES ? chunk(2) : 8) * RowFormat<DIM>::PITCH;
+
+// Bytes from a step's first column to that of its group u.
+template <int DIM>
+__device__ constexpr unsigned group_bytes(int u) {
+  const int per_line = step(2) / 16;
+  const int line = PAIRS_OF_LINES ? 2 * u : u / per_line, x = PAIRS_OF_LINES ? 0 : u % per_line * 16;
+  return ((line / step(1) * chunk(1) + line % step(1)) * chunk(2) + x) * RowFormat<DIM>::PITCH;
+}
+
+// This lane's address of the B fragments of scores in the group whose first column is `x` in the line at `line_offset`.
+template <int DIM>
+__device__ __forceinline__ unsigned score_columns(const Shared& shared, unsigned line_offset, int x) {
+  const int matrix = threadIdx.x % 32 / 8, row = threadIdx.x % 8;
+  return shared.address + line_offset + matrix / 2 * SECOND_BLOCK<DIM> + RowFormat<DIM>::at(x + row, matrix % 2);
+}
+
+// The columns as the right factor of weights: sums[n8 block of DIM] += weights . columns.
+template <int DIM>
+class SumColumns {
+  static constexpr int BLOCKS = DIM / 8;
+  using Format = RowFormat<DIM>;
+  unsigned address;               // 16-bit: of ldmatrix
+  const unsigned char* pointer;   // float32
+
+ public:
+  // As score_columns.
+  __device__ __forceinline__ SumColumns(const Shared& shared, unsigned line_offset, int x) {
+    const int lane = threadIdx.x % 32, matrix = lane / 8;
+    if constexpr (sizeof(Element) == 2) {
+      address = shared.address + line_offset + matrix % 2 * SECOND_BLOCK<DIM> + Format::at(x + lane % 8, matrix / 2);
+    } else {
+      pointer = shared.bytes + line_offset + (x + 2 * (lane % 4)) * Format::PITCH + lane / 4 * 4;
+    }
+  }
+
+  // `bytes`: from the first group to this one.
+  __device__ __forceinline__ void add(float (&sums)[BLOCKS][4], const float (&weights)[2][4], unsigned bytes) const {
+    if constexpr (sizeof(Element) == 2) {
+      const unsigned a[4] = {pack<Element>(weights[0][0], weights[0][1]), pack<Element>(weights[0][2], weights[0][3]),
+                             pack<Element>(weights[1][0], weights[1][1]), pack<Element>(weights[1][2], weights[1][3])};
+#pragma unroll
+      for (int block = 0; block + 1 < BLOCKS; block += 2) {
+        unsigned b[4];
+        ldmatrix_x4_trans(b, at_piece<DIM>(address, block) + bytes);
+        const unsigned b0[2] = {b[0], b[1]}, b1[2] = {b[2], b[3]};
+        Multiply<Element>::add(sums[block], a, b0);
+        Multiply<Element>::add(sums[block + 1], a, b1);
+      }
+      if constexpr (BLOCKS % 2 == 1) {
+        unsigned b[2];
+        ldmatrix_x2_trans(b, at_piece<DIM>(address, BLOCKS - 1) + bytes);
+        Multiply<Element>::add(sums[BLOCKS - 1], a, b);
+      }
+    } else {
+      // Any order of k will do if both factors have it: slot t is column 2t, slot t + 4 column 2t + 1, so that the
+      // fragment of scores is one of weights without a shuffle.
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const unsigned a[4] = {__float_as_uint(weights[i][0]), __float_as_uint(weights[i][2]),
+                               __float_as_uint(weights[i][1]), __float_as_uint(weights[i][3])};
+#pragma unroll
+        for (int block = 0; block < BLOCKS; ++block) {
+          const unsigned char* at = pointer + bytes + i * SECOND_BLOCK<DIM> + block * 32;
+          const unsigned b[2] = {*reinterpret_cast<const unsigned*>(at), *reinterpret_cast<const unsigned*>(at + Format::PITCH)};
+          Multiply<Element>::add(sums[block], a, b);
+        }
+      }
+    }
+  }
+};
+
+// A tile of sums as 16 rows of DIM elements in shared memory at `offset`, times a factor for rows g and g + 8.
+template <int DIM>
+__device__ __forceinline__ void put_rows(const Shared& shared, unsigned offset, const float (&sums)[DIM / 8][4],
+                                         const float (&factor)[2]) {
+  using Format = RowFormat<DIM>;
+  const int row = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+#pragma unroll
+  for (int block = 0; block < DIM / 8; ++block) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float low = sums[block][2 * half] * factor[half], high = sums[block][2 * half + 1] * factor[half];
+      if constexpr (sizeof(Element) == 2) {
+        unsigned char* to = shared.bytes + offset + Format::at(row + 8 * half, block) + pair * 4;
+        *reinterpret_cast<unsigned*>(to) = pack<Element>(low, high);
+      } else {
+        unsigned char* to = shared.bytes + offset + Format::at(row + 8 * half, 2 * block) + pair * 8;
+        *reinterpret_cast<float2*>(to) = make_float2(low, high);
+      }
+    }
+  }
+}
+
+}  // namespace natrain

@@ -1,0 +1,247 @@
+// The values that scores start from: the bias where a (row, column) pair is one of the window, -inf where it is not.
+//
+// They are the accumulators that the products of rows and columns are added to, so that a mask and a bias cost no
+// instruction of their own. Scores are q . k + bias / scale: the scale comes in with the exponent, in one fma.
+//
+// NATRAIN_START_TABLE 1: a table in shared memory, built once a block. The bias depends on the difference of positions
+// along z and y, which is a line of the table, and along x on the row and the column, which is an entry of it; entries
+// are -inf where the column is not the row's along x. One more line is -inf throughout: a lane points to it where a line
+// is not its row's.
+// NATRAIN_START_TABLE 0, for windows whose table is too large: comparisons in groups of columns that lie on a window's
+// edge, none inside, and the bias from global memory.
+#pragma once
+
+#include "products.cuh"
+
+#include "dropout.h"
+
+namespace natrain {
+
+constexpr float MINUS_INFINITY = -__builtin_huge_valf();
+constexpr bool HAS_RPB = NATRAIN_HAS_RPB;
+constexpr bool START_TABLE = NATRAIN_START_TABLE;
+
+constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+// score = scale * (q . k) + bias, as the kernels use it: log2(e) * score = exponent * (q' . k + bias * per_scale), where
+// q' is q, -q for a negative scale, or 0 for none (below 1e-30, where bias / scale might overflow).
+struct Scale {
+  float exponent, per_scale;
+  unsigned keep, flip;  // of the words of q
+
+  __device__ __forceinline__ explicit Scale(float scale) {
+    const float magnitude = fabsf(scale) < 1e-30f ? 0 : fabsf(scale);
+    exponent = (magnitude == 0 ? 1 : magnitude) * LOG2_E;
+    per_scale = magnitude == 0 ? 1 : 1 / magnitude;
+    keep = magnitude == 0 ? 0 : ~0u;
+    flip = magnitude == 0 || scale > 0 ? 0 : sizeof(Element) == 2 ? 0x80008000u : 0x80000000u;
+  }
+};
+
+// Lines of a step, as bits.
+constexpr int STEP_LINES = step(0) * step(1);
+static_assert(STEP_LINES <= 32);
+
+__device__ constexpr int group_line(int u, int second) {
+  return PAIRS_OF_LINES ? 2 * u + second : u / (step(2) / 16);
+}
+__device__ constexpr int group_x(int u, int second) {
+  return PAIRS_OF_LINES ? 0 : u % (step(2) / 16) * 16 + second * 8;
+}
+
+// Lines of a step whose first is `z`, `y` that lie in [z_from, z_to) x [y_from, y_to).
+__device__ __forceinline__ unsigned lines_within(int z, int y, int z_from, int z_to, int y_from, int y_to) {
+  const int from = min(max(y_from - y, 0), step(1)), to = min(max(y_to - y, from), step(1));
+  const unsigned of_plane = (to < 32 ? (1u << to) - 1 : ~0u) & ~(from < 32 ? (1u << from) - 1 : ~0u);
+  unsigned lines = 0;
+#pragma unroll
+  for (int plane = 0; plane < step(0); ++plane)
+    lines |= z + plane >= z_from && z + plane < z_to ? of_plane << (plane * step(1)) : 0;
+  return lines;
+}
+
+// The columns of rows g and g + 8 of this thread, in positions of the halo.
+struct LaneRows {
+  int row[2][3], first[2][3], end[2][3];
+
+  __device__ __forceinline__ explicit LaneRows(const Tile& tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int axis = 0; axis < 3; ++axis) {
+        const int at = tile.row(axis, int(threadIdx.x % 32 / 4) + 8 * half);
+        row[half][axis] = at - tile.halo_first[axis];
+        first[half][axis] = first_column(axis, at, tile.length[axis]) - tile.halo_first[axis];
+        end[half][axis] = end_column(axis, at, tile.length[axis]) - tile.halo_first[axis];
+      }
+  }
+};
+
+constexpr int BIAS_Y = 2 * kernel_size(1) - 1, BIAS_X = 2 * kernel_size(2) - 1;
+constexpr int BIAS_LINES = (2 * kernel_size(0) - 1) * BIAS_Y;
+// Index into an axis of the bias, (key - query) + k - 1, of two positions.
+__device__ __forceinline__ int bias_index(int axis, int row, int column) {
+  return (ROWS_ARE_KEYS ? row - column : column - row) + kernel_size(axis) - 1;
+}
+// How the bias moves as the column does.
+constexpr int BIAS_SIGN = ROWS_ARE_KEYS ? -1 : 1;
+
+#if NATRAIN_START_TABLE
+
+struct StartTable {
+  static constexpr int LINES = HAS_RPB ? BIAS_LINES : 1;
+  static constexpr int ROWS_X = row_tile(2) * warps(2);        // x coordinates of a block's rows
+  static constexpr int BLOCK_BYTES = ROWS_X * 32;              // [row x][8 columns] float32, of one n8 block
+  // Half a warp's rows in different lines must fall into different banks.
+  static constexpr int SPREAD = row_tile(2) < 4 ? row_tile(2) * 32 : 0;
+  static constexpr int RAW = box(2) / 8 * BLOCK_BYTES;
+  static constexpr int LINE_BYTES = SPREAD == 0 ? RAW : RAW + (SPREAD + 128 - RAW % 128) % 128;
+  static constexpr int BYTES = (LINES + 1) * LINE_BYTES;
+
+  // By all threads of the block; visible after the next barrier. `rpb`: float32 [heads, 2kz-1, 2ky-1, 2kx-1].
+  static __device__ __forceinline__ void fill(unsigned char* table, const Tile& tile, const float* rpb, float per_scale) {
+    constexpr int FLOATS = LINE_BYTES / 4;
+    // A thread keeps its entry and walks over lines where a line has fewer entries than a block has threads.
+    constexpr int AT_ONCE = FLOATS < THREADS ? THREADS / FLOATS : 1;
+    const int n = tile.length[2];
+    for (int entry = threadIdx.x % (FLOATS < THREADS ? FLOATS : THREADS); entry < FLOATS; entry += THREADS) {
+      const int block = entry / (ROWS_X * 8), row_x = entry / 8 % ROWS_X;
+      const int warp_first = min(tile.block_first[2] + row_x / row_tile(2) * row_tile(2), n - 1);
+      const int row = min(tile.block_first[2] + row_x, n - 1);
+      const int column = first_column(2, warp_first, n) + block * 8 + entry % 8;
+      const bool valid = block < box(2) / 8 && column >= first_column(2, row, n) && column < end_column(2, row, n);
+      const float* bias = HAS_RPB ? rpb + (long long)tile.head * BIAS_LINES * BIAS_X + bias_index(2, row, column) : nullptr;
+      for (int line = FLOATS < THREADS ? threadIdx.x / FLOATS : 0; line < LINES + 1; line += AT_ONCE) {
+        if (FLOATS < THREADS && threadIdx.x >= AT_ONCE * FLOATS) break;
+        float value = MINUS_INFINITY;
+        if (valid && line < LINES) value = HAS_RPB ? __ldg(bias + line * BIAS_X) * per_scale : 0.f;
+        reinterpret_cast<float*>(table)[line * FLOATS + entry] = value;
+      }
+    }
+  }
+};
+
+class Start {
+  unsigned table;      // bytes from the start of shared memory
+  unsigned entry[2];   // of rows g and g + 8: this lane's entry in a line
+  unsigned lines[2];   // lines of the step that are the row's
+  unsigned first[2];   // the entry in the table's line of the step's first line
+
+ public:
+  __device__ __forceinline__ Start(const Tile& tile, unsigned table_offset) : table(table_offset) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = threadIdx.x % 32 / 4 + 8 * half;
+      const int row_x = int(threadIdx.x / 32) % warps(2) * row_tile(2) + row_coordinate(2, r);
+      entry[half] = table_offset + row_x * 32 + threadIdx.x % 4 * 8;
+    }
+  }
+
+  // The step whose first line is at `z`, `y` of the halo.
+  __device__ __forceinline__ void to_step(const LaneRows& rows, int z, int y, int) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      lines[half] = lines_within(z, y, rows.first[half][0], rows.end[half][0], rows.first[half][1], rows.end[half][1]);
+      const int line = HAS_RPB ? bias_index(0, rows.row[half][0], z) * BIAS_Y + bias_index(1, rows.row[half][1], y) : 0;
+      first[half] = entry[half] + line * StartTable::LINE_BYTES;
+    }
+  }
+
+  __device__ static constexpr bool is_empty(int) { return false; }
+
+  // Start values of group u of the step.
+  __device__ __forceinline__ void load(const Shared& shared, int u, float (&start)[2][4]) const {
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      const int line = group_line(u, second);
+      const int bytes = BIAS_SIGN * (line / step(1) * BIAS_Y + line % step(1)) * (HAS_RPB ? StartTable::LINE_BYTES : 0);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        // A single line is every row's.
+        const bool has = box(0) * box(1) == 1 || (lines[half] >> line & 1);
+        const unsigned at = has ? first[half] + bytes : entry[half] + StartTable::LINES * StartTable::LINE_BYTES;
+        const float2 pair =
+            *reinterpret_cast<const float2*>(shared.bytes + at + group_x(u, second) / 8 * StartTable::BLOCK_BYTES);
+        start[second][2 * half] = pair.x;
+        start[second][2 * half + 1] = pair.y;
+      }
+    }
+  }
+};
+
+#else
+
+struct StartTable {
+  static constexpr int BYTES = 0;
+  static __device__ __forceinline__ void fill(unsigned char*, const Tile&, const float*, float) {}
+};
+
+class Start {
+  unsigned lines[2];           // lines of the step that are the row's
+  int x_first[2], x_count[2];  // columns of the row, from the step's first
+  // The same for any row of the tile, and for all: equal in a warp.
+  unsigned any_lines, all_lines;
+  int any_first, any_end, all_first, all_end;
+  const float* bias_of_head;
+  const float* bias[2];        // of the step's first column
+  float per_scale;
+  int tile_all_first[3], tile_all_end[3];
+  int tile_any_first[3], tile_any_end[3];
+
+ public:
+  __device__ __forceinline__ Start(const Tile& tile, const float* rpb, float inverse_scale)
+      : bias_of_head(HAS_RPB ? rpb + (long long)tile.head * BIAS_LINES * BIAS_X : nullptr), per_scale(inverse_scale) {
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      // First and last columns never decrease from row to row.
+      const int n = tile.length[axis], last = tile.row(axis, 15);
+      tile_any_first[axis] = tile.box_first[axis], tile_any_end[axis] = tile.box_end[axis];
+      tile_all_first[axis] = first_column(axis, last, n) - tile.halo_first[axis];
+      tile_all_end[axis] = end_column(axis, tile.row_first[axis], n) - tile.halo_first[axis];
+    }
+  }
+
+  __device__ __forceinline__ void to_step(const LaneRows& rows, int z, int y, int x) {
+    any_lines = lines_within(z, y, tile_any_first[0], tile_any_end[0], tile_any_first[1], tile_any_end[1]);
+    all_lines = lines_within(z, y, tile_all_first[0], tile_all_end[0], tile_all_first[1], tile_all_end[1]);
+    any_first = tile_any_first[2] - x, any_end = tile_any_end[2] - x;
+    all_first = tile_all_first[2] - x, all_end = tile_all_end[2] - x;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      lines[half] = lines_within(z, y, rows.first[half][0], rows.end[half][0], rows.first[half][1], rows.end[half][1]);
+      x_first[half] = rows.first[half][2] - x;
+      x_count[half] = rows.end[half][2] - rows.first[half][2];
+      if (HAS_RPB)
+        bias[half] = bias_of_head + (bias_index(0, rows.row[half][0], z) * BIAS_Y + bias_index(1, rows.row[half][1], y)) *
+                                        (long long)BIAS_X + bias_index(2, rows.row[half][2], x);
+    }
+  }
+
+  // No row of the tile has a column in group u.
+  __device__ __forceinline__ bool is_empty(int u) const {
+    const int x = group_x(u, 0);
+    return !(any_lines >> group_line(u, 0) & 1) || x + 16 <= any_first || x >= any_end;
+  }
+
+  __device__ __forceinline__ void load(const Shared&, int u, float (&start)[2][4]) const {
+    const int line = group_line(u, 0), x = group_x(u, 0);
+    if (!HAS_RPB && (all_lines >> line & 1) && x >= all_first && x + 16 <= all_end) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) start[i / 4][i % 4] = 0;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int half = i % 4 / 2, column = x + i / 4 * 8 + int(threadIdx.x % 4) * 2 + i % 2;
+      const bool valid = (lines[half] >> line & 1) && unsigned(column - x_first[half]) < unsigned(x_count[half]);
+      float value = valid ? 0.f : MINUS_INFINITY;
+      if (HAS_RPB && valid)
+        value = __ldg(bias[half] + BIAS_SIGN * ((line / step(1) * BIAS_Y + line % step(1)) * BIAS_X + column)) * per_scale;
+      start[i / 4][i % 4] = value;
+    }
+  }
+};
+
+#endif
+
+}  // namespace natrain

@@ -1,0 +1,401 @@
+"""How a tensor-core kernel of csrc/fused covers a problem: row tile, block, stages of shared memory. Pure functions.
+
+The words (row, column, box, line, halo, chunk, step) and every constant are explained in csrc/fused/geometry.cuh. The same
+plan serves kernels whose rows are queries (forward, the gradient of q) and whose rows are keys (gradients of k and v):
+``Demands`` says what a kernel keeps in shared memory and registers. A plan is made in three steps: candidates, what is
+legal, and a model of cost.
+
+Shared memory of a block, from its start: ``stages`` times the columns of a chunk (one matrix of rows a dim of
+``Demands.columns``, one after the other, then ``column_bytes`` a token, in all padded to 128 bytes), ``stages`` times a
+buffer of ``Demands.row_buffer`` bytes a warp, the table of start values (csrc/fused/start.cuh).
+
+The launch: ``plan.grid`` blocks of ``plan.threads`` threads with ``plan.shared_bytes``; every argument struct begins with
+``struct Geometry``, which ``plan.geometry`` packs.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from natrain.ops.geometry import three_axes, window_defines
+from natrain.ops.problem import Window
+from natrain.ops.window import window_bounds
+
+# Shared memory of a multiprocessor, and the most a block may have, by compute capability.
+_SHARED = {(8, 0): (164, 163), (8, 6): (100, 99), (8, 7): (164, 163), (8, 9): (100, 99), (12, 0): (100, 99)}
+_SHARED_NEWER = (228, 227)
+_RESERVED_BYTES = 1024  # of every block, by the driver
+_REGISTERS = 65536
+_TABLE_BYTES = 40 * 1024
+_CHUNK_BYTES = 36 * 1024
+_MOST_WARPS = 16
+
+
+def shared_capacity(capability: tuple[int, int]) -> tuple[int, int]:
+    """Bytes of shared memory: of a multiprocessor, and the most of one block."""
+    return tuple(1024 * kib for kib in _SHARED.get(capability, _SHARED_NEWER))
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan depends on of a GPU."""
+
+    capability: tuple[int, int] = (9, 0)
+    multiprocessors: int = 132
+
+
+def row_pitch(dim: int, itemsize: int) -> int:
+    """Bytes from row to row in shared memory (``RowFormat`` of csrc/fused/halo.cuh)."""
+    pieces = dim * itemsize // 16
+    return 16 * (pieces if _is_permuted(pieces, itemsize) else pieces | 1)
+
+
+def _is_permuted(pieces: int, itemsize: int) -> bool:
+    return itemsize == 2 and pieces & (pieces - 1) == 0
+
+
+def _line_multiple(dims: tuple[int, ...], itemsize: int) -> int:
+    """What the tokens of a line in shared memory must be a multiple of, so that every line begins in the same bank."""
+    pieces = [dim * itemsize // 16 for dim in dims]
+    return max(8 // p if _is_permuted(p, itemsize) and p < 8 else 1 for p in pieces)
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a kernel holds.
+
+    Attributes:
+        columns: head dims of the matrices of columns that are staged.
+        rows: head dims that share the buffer of a warp's 16 rows (its size is that of the largest).
+        row_buffers: such buffers a warp and stage.
+        column_bytes: further bytes a column that are staged.
+        registers: of a thread, besides those of scores.
+        per_group: registers of 16 columns of scores.
+        most_groups: groups of 16 columns that fit the registers at once.
+    """
+
+    columns: tuple[int, ...]
+    rows: tuple[int, ...]
+    registers: int
+    per_group: int = 8
+    most_groups: int = 8
+    row_buffers: int = 1
+    column_bytes: int = 0
+    rows_are_keys: bool = False
+
+    @staticmethod
+    def of_forward(head_dim: int, value_dim: int, itemsize: int) -> Demands:
+        """Of csrc/fused/forward.cu."""
+        held = head_dim * itemsize // 8
+        registers = (held if held <= 48 else 4) + value_dim // 2 + 48
+        most = 8 if registers + 8 * 8 <= 168 else 4 if registers + 4 * 8 <= 232 else 2
+        return Demands((head_dim, value_dim), (head_dim, value_dim), registers, most_groups=most)
+
+    def row_buffer(self, itemsize: int) -> int:
+        return self.row_buffers * 16 * max(row_pitch(dim, itemsize) for dim in self.rows)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a problem; ``length`` in tokens."""
+
+    length: int
+    kernel_size: int
+    dilation: int
+    stride: int
+    is_causal: bool
+
+    @property
+    def group_lengths(self) -> tuple[int, ...]:
+        """Distinct lengths of dilation groups, the longest first."""
+        longest, shortest = -(-self.length // self.dilation), self.length // self.dilation
+        return (longest,) if longest == shortest else (longest, shortest)
+
+
+@functools.lru_cache(maxsize=1024)
+def columns_of_rows(axis: Axis, n: int, rows_are_keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """First column and one past the last of every row of a group of n positions."""
+    first, end = window_bounds(torch.arange(n), torch.tensor(n), axis.kernel_size, axis.stride, axis.is_causal)
+    if not rows_are_keys:
+        return first, end
+    # Starts and ends never decrease, so that the queries of a key are an interval.
+    keys = torch.arange(n)
+    return torch.searchsorted(end, keys, right=True), torch.searchsorted(first.contiguous(), keys, right=True)
+
+
+@functools.lru_cache(maxsize=65536)
+def box_extent(axis: Axis, rows_are_keys: bool, tile: int) -> int:
+    """Columns that the rows of a tile reach together, at most."""
+    most = 0
+    for n in axis.group_lengths:
+        first, end = columns_of_rows(axis, n, rows_are_keys)
+        starts = torch.arange(0, n, tile)
+        most = max(most, int((end[(starts + tile - 1).clamp(max=n - 1)] - first[starts]).max()))
+    return most
+
+
+@functools.lru_cache(maxsize=65536)
+def box_offset(axis: Axis, rows_are_keys: bool, tile: int, warps: int) -> int:
+    """How far a warp's box may begin behind its block's halo."""
+    most = 0
+    for n in axis.group_lengths:
+        first, _ = columns_of_rows(axis, n, rows_are_keys)
+        starts = torch.arange(0, n, tile)
+        most = max(most, int((first[starts] - first[starts // (tile * warps) * (tile * warps)]).max()))
+    return most
+
+
+def _ceil(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to cover a problem; ``cost`` is the model's estimate in cycles of a multiprocessor."""
+
+    row_tile: tuple[int, int, int]
+    warps: tuple[int, int, int]
+    box: tuple[int, int, int]
+    chunk: tuple[int, int, int]
+    step: tuple[int, int, int]
+    resident: bool
+    chunked_x: bool
+    start_table: bool
+    stages: int
+    min_blocks: int
+    shared_bytes: int
+    tiles: tuple[int, int, int]
+    splits: int
+    grid: int
+    rows_are_keys: bool
+    cost: float
+
+    @property
+    def threads(self) -> int:
+        return 32 * math.prod(self.warps)
+
+    @property
+    def groups(self) -> int:
+        """16 columns each, of a step."""
+        return math.prod(self.step) // 16
+
+    def defines(self) -> dict[str, object]:
+        """The constants of csrc/fused/geometry.cuh that are the plan's."""
+        defines: dict[str, object] = {}
+        for name in ("row_tile", "warps", "box", "chunk", "step"):
+            for axis, value in zip("ZYX", getattr(self, name), strict=True):
+                defines[f"NATRAIN_{name.upper()}_{axis}"] = value
+        defines |= {
+            "NATRAIN_RESIDENT": int(self.resident),
+            "NATRAIN_CHUNKED_X": int(self.chunked_x),
+            "NATRAIN_START_TABLE": int(self.start_table),
+            "NATRAIN_STAGES": self.stages,
+            "NATRAIN_MIN_BLOCKS": self.min_blocks,
+            "NATRAIN_SHARED_BYTES": self.shared_bytes,
+            "NATRAIN_ROWS_ARE_KEYS": int(self.rows_are_keys),
+        }
+        return defines
+
+    def geometry(self, problem: Space) -> bytes:
+        """``struct Geometry`` of csrc/fused/geometry.cuh."""
+        return struct.pack(
+            "13i",
+            *(axis.length for axis in problem.axes), *(axis.dilation for axis in problem.axes), *self.tiles,
+            problem.heads, problem.heads // problem.kv_heads, problem.batch, self.splits,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where rows and columns lie: three axes always (z, y, x), images, heads."""
+
+    axes: tuple[Axis, Axis, Axis]
+    batch: int
+    heads: int
+    kv_heads: int
+    itemsize: int
+    has_rpb: bool
+
+    @staticmethod
+    def of(
+        spatial: tuple[int, ...],
+        window: Window,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        dtype: torch.dtype,
+        has_rpb: bool,
+    ) -> Space:
+        columns = (spatial, window.kernel_size, window.dilation, window.stride, window.is_causal)
+        padded = [three_axes(values, missing) for values, missing in zip(columns, (1, 1, 1, 1, False), strict=True)]
+        axes = tuple(Axis(*values) for values in zip(*padded, strict=True))
+        return Space(axes, batch, heads, kv_heads, dtype.itemsize, has_rpb)
+
+
+def window_constants(window: Window) -> dict[str, object]:
+    """The constants of csrc/include/problem_constants.cuh."""
+    return window_defines(window)
+
+
+def table_bytes(space: Space, row_tile: tuple[int, int, int], warps: tuple[int, int, int], box_x: int) -> int:
+    """Of ``StartTable`` in csrc/fused/start.cuh."""
+    lines = math.prod(2 * axis.kernel_size - 1 for axis in space.axes[:2]) if space.has_rpb else 1
+    line = box_x // 8 * row_tile[2] * warps[2] * 32
+    if row_tile[2] < 4:
+        line += (row_tile[2] * 32 + 128 - line % 128) % 128
+    return (lines + 1) * line
+
+
+def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
+    """Extents that are powers of two with product 16, none beyond twice the axis it lies on."""
+    longest = [axis.group_lengths[0] for axis in space.axes]
+    powers = (1, 2, 4, 8, 16)
+    for tile in itertools.product(powers, repeat=3):
+        fits = all(t == 1 or t < 2 * n for t, n in zip(tile, longest, strict=True))
+        if math.prod(tile) == 16 and (fits or tile == (1, 1, 16)):
+            yield tile
+
+
+def _warp_boxes(space: Space, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    most = [-(-axis.group_lengths[0] // tile) for axis, tile in zip(space.axes, row_tile, strict=True)]
+    for warps in itertools.product(*(range(1, min(m, _MOST_WARPS) + 1) for m in most)):
+        if 2 <= math.prod(warps) <= _MOST_WARPS or warps == (1, 1, 1) == tuple(min(m, 1) for m in most):
+            yield warps
+
+
+def _boxes(space: Space, demands: Demands, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    z, y, x = (box_extent(axis, demands.rows_are_keys, tile) for axis, tile in zip(space.axes, row_tile, strict=True))
+    if x <= 8:
+        yield z, _ceil(y, 2), 8
+    yield z, y, _ceil(x, 16)
+
+
+def candidates(space: Space, demands: Demands, device: Device) -> Iterator[Plan]:
+    """Every legal plan."""
+    for row_tile in _row_tiles(space):
+        for box in _boxes(space, demands, row_tile):
+            for warps in _warp_boxes(space, row_tile):
+                yield from _staged(space, demands, device, row_tile, box, warps)
+
+
+def _staged(space, demands, device, row_tile, box, warps) -> Iterator[Plan]:
+    """Plans of one tile and block: the halo resident, or in chunks."""
+    offsets = [
+        box_offset(axis, demands.rows_are_keys, tile, count)
+        for axis, tile, count in zip(space.axes, row_tile, warps, strict=True)
+    ]
+    halo = [offset + extent for offset, extent in zip(offsets, box, strict=True)]
+    line_multiple = _line_multiple(demands.columns, space.itemsize)
+    halo[2] = _ceil(halo[2], line_multiple)
+    table = table_bytes(space, row_tile, warps, box[2])
+    lines = box[0] * box[1]
+    has_table = table <= _TABLE_BYTES
+    groups = math.prod(box) // 16
+    if groups <= demands.most_groups and lines <= 32 and has_table:
+        yield from _finished(space, demands, device, row_tile, warps, box, tuple(halo), box, True, False, True, offsets)
+    if box[2] == 8 and not has_table:
+        return
+    # In chunks, with an online softmax from step to step.
+    step_groups = min(4, demands.most_groups)
+    per_token = sum(row_pitch(dim, space.itemsize) for dim in demands.columns) + demands.column_bytes
+    if box[2] > 16 * step_groups:
+        columns = 16 * step_groups
+        chunk = step = (1, 1, columns)
+        yield from _finished(space, demands, device, row_tile, warps, box, chunk, step, False, True, False, offsets)
+        return
+    step = (1, min(16 * step_groups // box[2], _ceil(box[1], 2 if box[2] == 8 else 1)), box[2])
+    for steps in range(1, 9):
+        chunk = (1, step[1] * steps, halo[2])
+        if steps > 1 and (math.prod(chunk) * per_token > _CHUNK_BYTES or chunk[1] >= halo[1] + step[1]):
+            break
+        yield from _finished(
+            space, demands, device, row_tile, warps, box, chunk, step, False, False, has_table, offsets
+        )
+
+
+def _finished(
+    space, demands, device, row_tile, warps, box, chunk, step, resident, chunked_x, has_table, offsets
+) -> Iterator[Plan]:
+    per_sm, per_block = shared_capacity(device.capability)
+    per_token = sum(row_pitch(dim, space.itemsize) for dim in demands.columns) + demands.column_bytes
+    warp_count = math.prod(warps)
+    if 32 * warp_count < max(demands.columns) * space.itemsize // 16:
+        return
+    stage = _ceil(math.prod(chunk) * per_token, 128) + warp_count * demands.row_buffer(space.itemsize)
+    table = table_bytes(space, row_tile, warps, box[2]) if has_table else 0
+    groups = math.prod(step) // 16
+    registers = min(255, demands.registers + demands.per_group * groups)
+    tiles = tuple(
+        -(-axis.group_lengths[0] // (tile * count))
+        for axis, tile, count in zip(space.axes, row_tile, warps, strict=True)
+    )
+    combinations = space.heads * math.prod(count * axis.dilation for count, axis in zip(tiles, space.axes, strict=True))
+    for stages in (2, 3):
+        shared = stages * stage + table
+        if shared > per_block:
+            break
+        by_registers = _REGISTERS // (32 * warp_count * _ceil(registers, 8))
+        by_shared = per_sm // (shared + _RESERVED_BYTES)
+        min_blocks = min(by_registers, by_shared, 48 // warp_count, 16)
+        if min_blocks < 1:
+            break
+        halo = [offset + extent for offset, extent in zip(offsets, box, strict=True)]
+        if resident:
+            computed = groups
+            fetched = math.prod(chunk)
+        else:
+            computed = groups * math.prod(
+                -(-extent // s) if not (axis == 2 and not chunked_x) else 1
+                for axis, (extent, s) in enumerate(zip(box, step, strict=True))
+            )
+            if chunked_x:
+                # Groups outside the box are skipped.
+                computed = math.prod(box[:2]) * (-(-box[2] // 16) + 1)
+            fetched = math.prod(_ceil(extent, c) for extent, c in zip(halo, chunk, strict=True))
+        # Cycles of a multiprocessor for one image of one block: issue slots of four schedulers, or bytes of the
+        # second-level cache; what is not hidden behind the other grows as fewer warps share the multiprocessor.
+        instructions = warp_count * (120 + computed * (14 + sum(demands.columns) * space.itemsize // 4) + 60)
+        issue = instructions / 4 * (1.0 if resident else 1.15)
+        moved = (fetched * sum(demands.columns) + 16 * warp_count * sum(demands.columns)) * space.itemsize / 24
+        in_flight = min_blocks * warp_count
+        hidden = min(1.0, in_flight / 16)
+        cycles = max(issue, moved) + (1 - 0.6 * hidden) * min(issue, moved) + 300 / min_blocks
+        cycles *= 1.25 - 0.25 * hidden if hidden < 1 else 1
+        splits, rounds = _splits(space.batch, combinations, device.multiprocessors * min_blocks)
+        cost = rounds * cycles * min_blocks
+        yield Plan(
+            row_tile, warps, box, chunk, step, resident, chunked_x, has_table, stages, min_blocks, shared, tiles, splits,
+            combinations * splits, demands.rows_are_keys, cost,
+        )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=65536)
+def _splits(batch: int, combinations: int, slots: int) -> tuple[int, float]:
+    """Over how many blocks the images of a tile are spread, and images' time until the last block ends."""
+    best = None
+    for splits in range(1, max(1, min(batch, -(-8 * slots // combinations))) + 1):
+        images = -(-batch // splits)
+        blocks = combinations * splits
+        waves = blocks / slots
+        # Beyond a few waves blocks no longer end together.
+        rounds = (math.ceil(waves) if waves < 4 else waves + 0.5) * (images + 1.0)
+        if best is None or rounds < best[1]:
+            best = splits, rounds
+    return best
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
+    """The legal plan of least cost.
+
+    Raises:
+        ValueError: none is legal (a device with little shared memory, a large head dim).
+    """
+    return min(candidates(space, demands, device), key=lambda plan: (plan.cost, plan.stages, plan.shared_bytes))
