@@ -52,7 +52,7 @@ def _load(primitive: str, defines: dict[str, object], device: int) -> CudaKernel
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A launch but for its scalars and addresses, which go between ``head`` and ``tail``."""
 
     kernel: CudaKernel
@@ -61,20 +61,22 @@ class _Plan:
     middle: struct.Struct
     head: bytes = b""
     tail: bytes = b""
+    shared_bytes: int = 0
 
     def launch(self, device: int, *middle: float) -> None:
-        self.kernel.launch(self.grid, self.threads, self.head + self.middle.pack(*middle) + self.tail, device)
+        arguments = self.head + self.middle.pack(*middle) + self.tail
+        self.kernel.launch(self.grid, self.threads, arguments, device, self.shared_bytes)
 
 
 # Keyed by all that a plan depends on; emptied when shapes keep changing.
-_plans: dict[tuple, _Plan] = {}
+plans: dict[tuple, Plan] = {}
 _MOST_PLANS = 4096
 
 
-def _remember(key: tuple, plan: _Plan) -> _Plan:
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+def remember(key: tuple, plan: Plan) -> Plan:
+    if len(plans) >= _MOST_PLANS:
+        plans.clear()
+    plans[key] = plan
     return plan
 
 
@@ -82,14 +84,14 @@ def _run_rows(primitive: str, weights: Tensor, num_neighbors: int, form: str, *a
     """Launch a kernel on every row of padded ``weights`` [.., P]; its struct begins with the number of rows."""
     device = weights.get_device()
     key = (primitive, weights.shape, weights.dtype, num_neighbors, device)
-    plan = _plans.get(key) or _remember(key, _plan_rows(primitive, weights, num_neighbors, form))
+    plan = plans.get(key) or remember(key, _plan_rows(primitive, weights, num_neighbors, form))
     plan.launch(device, *arguments)
 
 
-def _plan_rows(primitive: str, weights: Tensor, num_neighbors: int, form: str) -> _Plan:
+def _plan_rows(primitive: str, weights: Tensor, num_neighbors: int, form: str) -> Plan:
     rows, pitch = weights.numel() // weights.shape[-1], weights.shape[-1]
     kernel, lanes = _row_kernel(primitive, weights.get_device(), weights.dtype, num_neighbors, pitch)
-    return _Plan(kernel, -(-rows * lanes // MAX_THREADS), MAX_THREADS, struct.Struct(form), struct.pack("q", rows))
+    return Plan(kernel, -(-rows * lanes // MAX_THREADS), MAX_THREADS, struct.Struct(form), struct.pack("q", rows))
 
 
 def _run(
@@ -115,7 +117,7 @@ def _run(
     addresses = [x.data_ptr() for x in tensors]
     key = (primitive, window, row.shape, row.dtype, weights.shape[-1], rpb is None, device)
     key += tuple(x.stride() for x in tensors) + tuple(address % ACCESS_BYTES for address in addresses)
-    plan = _plans.get(key) or _remember(key, _plan(primitive, window, weights, row, tensors, rpb is not None))
+    plan = plans.get(key) or remember(key, _plan(primitive, window, weights, row, tensors, rpb is not None))
     if primitive == "qk":
         addresses.insert(2, 0 if rpb is None else rpb.data_ptr())
     plan.launch(device, *scalars, *addresses)
@@ -123,7 +125,7 @@ def _run(
 
 def _plan(
     primitive: str, window: Window, weights: Tensor, row: Tensor, tensors: tuple[Tensor, ...], has_rpb: bool
-) -> _Plan:
+) -> Plan:
     batch, *axes, heads, head_dim = row.shape
     vector = access_width(head_dim, *(x for x in tensors if x is not weights))
     lanes = lanes_of_row(head_dim, vector)
@@ -152,13 +154,7 @@ def _plan(
     numbers += [weights.shape[-1]] if primitive == "qk" else []
     middle = struct.Struct("2d4Q" if primitive == "qk" else "d3Q")
     tail = struct.pack(f"{len(numbers)}q", *numbers)
-    return _Plan(kernel, batch * tiling.blocks_per_image, tiling.threads, middle, head, tail)
-
-
-def _qk(window: Window, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, fill: float, scores: Tensor) -> None:
-    if rpb is not None:
-        rpb = rpb.to(accumulate_dtype(q.dtype)).contiguous()
-    _run("qk", window, scores, q, (q, k, scores), (scale, fill), rpb)
+    return Plan(kernel, batch * tiling.blocks_per_image, tiling.threads, middle, head, tail)
 
 
 def _rpb_grad(window: Window, weights: Tensor) -> Tensor:
@@ -171,7 +167,7 @@ def _rpb_grad(window: Window, weights: Tensor) -> Tensor:
         weights = weights.sum(0, keepdim=True, dtype=acc)
     device = weights.get_device()
     key = ("rpb_grad", window, weights.shape, weights.stride(), weights.dtype, device)
-    plan = _plans.get(key) or _remember(key, _plan_rpb_grad(window, weights))
+    plan = plans.get(key) or remember(key, _plan_rpb_grad(window, weights))
     chunks = plan.grid * plan.threads // (shape[0] * _threads_of_entries(window))
     partial = weights.new_empty(chunks, *shape, dtype=acc)
     plan.launch(device, weights.data_ptr(), partial.data_ptr())
@@ -184,7 +180,7 @@ def _threads_of_entries(window: Window) -> int:
     return -(-warps // -(-warps * 32 // MAX_THREADS)) * 32 * -(-warps * 32 // MAX_THREADS)
 
 
-def _plan_rpb_grad(window: Window, weights: Tensor) -> _Plan:
+def _plan_rpb_grad(window: Window, weights: Tensor) -> Plan:
     _, *axes, heads, _ = weights.shape
     layout, device = Layout.of(weights), weights.get_device()
     kernel = _problem_kernel("rpb_grad", device, weights.dtype, window, 1, 1, 1, 1, offset_type(layout), False)
@@ -196,7 +192,7 @@ def _plan_rpb_grad(window: Window, weights: Tensor) -> _Plan:
     )
     grid = math.prod(count) * heads * blocks
     threads = _threads_of_entries(window) // blocks
-    return _Plan(kernel, grid, threads, struct.Struct("2Q"), head, struct.pack("5q", *layout.packed))
+    return Plan(kernel, grid, threads, struct.Struct("2Q"), head, struct.pack("5q", *layout.packed))
 
 
 class NaiveKernel(UnfusedAttentionKernel):
@@ -220,9 +216,21 @@ class NaiveKernel(UnfusedAttentionKernel):
     def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
         return build_specs(problem, arch)
 
+    def write_scores(
+        self, window: Window, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, fill: float, scores: Tensor
+    ) -> None:
+        """qk into ``scores`` [B, *S, N, K or P]; rows of q and k are contiguous."""
+        if rpb is not None:
+            rpb = rpb.to(accumulate_dtype(q.dtype)).contiguous()
+        _run("qk", window, scores, q, (q, k, scores), (scale, fill), rpb)
+
+    def write_sums(self, primitive: str, window: Window, weights: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
+        """``scale`` times av or inverse into ``out``; ``weights`` [B, *S, N, K or P]; rows are contiguous."""
+        _run(primitive, window, weights, out, (weights, x, out), (scale,))
+
     def qk(self, problem: Problem, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, fill: float) -> Tensor:
         scores = q.new_empty(*q.shape[:-1], problem.window.num_neighbors)
-        _qk(problem.window, contiguous_rows(q), contiguous_rows(k), rpb, scale, fill, scores)
+        self.write_scores(problem.window, contiguous_rows(q), contiguous_rows(k), rpb, scale, fill, scores)
         return scores
 
     def av(self, problem: Problem, weights: Tensor, v: Tensor) -> Tensor:
@@ -231,11 +239,10 @@ class NaiveKernel(UnfusedAttentionKernel):
     def inverse(self, problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
         return self._weighted("inverse", problem, weights, x)
 
-    @staticmethod
-    def _weighted(primitive: str, problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
+    def _weighted(self, primitive: str, problem: Problem, weights: Tensor, x: Tensor) -> Tensor:
         weights, x = contiguous_rows(weights), contiguous_rows(x)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        _run(primitive, problem.window, weights, out, (weights, x, out), (1.0,))
+        self.write_sums(primitive, problem.window, weights, x, out, 1.0)
         return out
 
     def rpb_grad(self, problem: Problem, weights: Tensor) -> Tensor:
@@ -262,10 +269,10 @@ class NaiveKernel(UnfusedAttentionKernel):
         probs = self.empty_probs(q, window)
         lse = q.new_empty(q.shape[:-1], dtype=accumulate_dtype(q.dtype))
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        _qk(window, q, k, rpb, scale, -float("inf"), probs)
+        self.write_scores(window, q, k, rpb, scale, -float("inf"), probs)
         _run_rows("softmax", probs, num_neighbors, "3Q", probs.data_ptr(), probs.data_ptr(), lse.data_ptr())
         weights = self._dropped(probs, num_neighbors, seed, dropout_p)
-        _run("av", window, weights, out, (weights, v, out), (1.0,))
+        self.write_sums("av", window, weights, v, out, 1.0)
         return out, lse, probs
 
     def backward(
@@ -287,9 +294,9 @@ class NaiveKernel(UnfusedAttentionKernel):
         window, num_neighbors = problem.window, problem.window.num_neighbors
         q, k, v, d_out = (contiguous_rows(x) for x in (q, k, v, d_out))
         weights = self._dropped(probs, num_neighbors, seed, dropout_p)
-        _run("inverse", window, weights, d_v, (weights, d_out, d_v), (1.0,))
+        self.write_sums("inverse", window, weights, d_out, d_v, 1.0)
         d_scores = torch.empty_like(probs)
-        _qk(window, d_out, v, None, 1.0, 0.0, d_scores)
+        self.write_scores(window, d_out, v, None, 1.0, 0.0, d_scores)
         if seed is not None:
             self._drop(d_scores, d_scores, num_neighbors, seed, dropout_p)
         if d_lse is not None:
@@ -298,8 +305,8 @@ class NaiveKernel(UnfusedAttentionKernel):
             "softmax_grad", probs, num_neighbors, "4Q",
             probs.data_ptr(), d_scores.data_ptr(), 0 if d_lse is None else d_lse.data_ptr(), d_scores.data_ptr(),
         )  # fmt: skip
-        _run("av", window, d_scores, d_q, (d_scores, k, d_q), (scale,))
-        _run("inverse", window, d_scores, d_k, (d_scores, q, d_k), (scale,))
+        self.write_sums("av", window, d_scores, k, d_q, scale)
+        self.write_sums("inverse", window, d_scores, q, d_k, scale)
         return _rpb_grad(window, d_scores) if problem.has_rpb else None
 
     def _dropped(self, probs: Tensor, num_neighbors: int, seed: Tensor | None, dropout_p: float) -> Tensor:

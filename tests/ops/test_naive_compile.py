@@ -100,7 +100,7 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
     launched = set()
 
     class Recorder:
-        def launch(self, grid, threads, arguments, device):
+        def launch(self, grid, threads, arguments, device, shared_bytes=0):
             assert grid > 0 and threads % 32 == 0
 
     def load(primitive, defines, device):
@@ -109,7 +109,7 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
 
     for cached in (naive._problem_kernel, naive._row_kernel, registry._choose_cached):
         cached.cache_clear()
-    monkeypatch.setattr(naive, "_plans", {})
+    monkeypatch.setattr(naive, "plans", {})
     monkeypatch.setattr(naive, "_load", load)
     monkeypatch.setattr(naive.NaiveKernel, "limits", registry.Limits(unfused=True))
     monkeypatch.setattr(naive.NaiveKernel, "extra_reasons", lambda self, problem: [])

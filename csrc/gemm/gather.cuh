@@ -1,0 +1,175 @@
+// The weighted sums of both directions: out[row] = scale * sum over the columns it reaches of weight * row of x.
+// av: rows are queries, and each one's own weights hold its keys' slots. inverse: rows are keys, and the weights of every
+// query whose window holds the key hold the key's slot.
+#pragma once
+
+#include "products.cuh"
+
+namespace natrain {
+
+struct GatherArguments {
+  Geometry geometry;
+  double scale;
+  const Element* weights;
+  const Element* x;
+  Element* out;
+  Layout weights_at, x_at, out_at;
+};
+
+constexpr int KY = kernel_size(1), KX = kernel_size(2);
+// Weights are copied into shared memory, where that has room for them (of a warp's queries, or of the halo's).
+constexpr bool IS_STAGED = NATRAIN_IS_STAGED;
+constexpr int X_PITCH = row_pitch(IS_FLOAT), WEIGHTS_PITCH = PITCH * sizeof(Element), OUT_PITCH = row_pitch(false);
+constexpr int WEIGHTS_AT = HALO * X_PITCH;
+constexpr int WEIGHT_ROWS = !IS_STAGED ? 0 : BY_KEY ? HALO : WARPS * ROWS;
+// The sums go out through the same memory.
+constexpr int FETCHED_BYTES = WEIGHTS_AT + WEIGHT_ROWS * WEIGHTS_PITCH, OUT_BYTES = WARPS * ROWS * OUT_PITCH;
+static_assert((FETCHED_BYTES > OUT_BYTES ? FETCHED_BYTES : OUT_BYTES) == NATRAIN_SHARED_BYTES);
+
+// Windows of a query at `position` along an axis, counted from `origin`; a count of 0 for a position that is none.
+struct Span {
+  int first, count;
+
+  __device__ __forceinline__ Span(int axis, int position, int n, int origin) {
+    const int k = kernel_size(axis), s = window_stride(axis);
+    const int inside = min(position, n - 1), start = window_start(inside, n, k, s, is_causal(axis));
+    first = start - origin;
+    count = position < n ? window_end(inside, n, k, s, is_causal(axis)) - start : 0;
+  }
+  __device__ __forceinline__ bool holds(int key) const { return unsigned(key - first) < unsigned(count); }
+};
+
+template <class T>
+__device__ __forceinline__ unsigned bits_of(T x) {
+  if constexpr (IS_FLOAT)
+    return __float_as_uint(x);
+  else
+    return x.bits;
+}
+
+// av: the lane's two queries.
+struct QueryRows {
+  const Element* weights[2];
+  Span z[2], y[2], x[2];
+
+  __device__ __forceinline__ static Span span(const Tile& tile, int axis, int i) {
+    return Span(axis, tile.row(axis, tile.lane / 4 + 8 * i), tile.length[axis], tile.halo_first[axis]);
+  }
+  __device__ __forceinline__ QueryRows(const Tile& tile, const Element* staged, const Element* origin, const Step& step)
+      : z{span(tile, 0, 0), span(tile, 0, 1)}, y{span(tile, 1, 0), span(tile, 1, 1)}, x{span(tile, 2, 0), span(tile, 2, 1)} {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int r = tile.lane / 4 + 8 * i;
+      weights[i] = IS_STAGED ? staged + (tile.warp * ROWS + r) * PITCH : origin + step.to_row(tile, r);
+    }
+  }
+};
+
+template <class Visit>
+__device__ __forceinline__ void for_each_line(const Tile& tile, Visit visit) {
+  for (int z = tile.box_first[0]; z < tile.box_end[0]; ++z)
+    for (int y = tile.box_first[1]; y < tile.box_end[1]; ++y) visit(z, y);
+}
+
+__device__ __forceinline__ void sum_by_query(const Tile& tile, const Element* staged, const Element* origin,
+                                             const Step& step, const unsigned char* shared, float (&sums)[BLOCKS][4]) {
+  const QueryRows rows(tile, staged, origin, step);
+  for (int block = tile.box_first[2]; block < tile.box_end[2]; block += COLUMNS) {
+    for_each_line(tile, [&](int z, int y) {
+      unsigned weights[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool has_line = rows.z[i].holds(z) && rows.y[i].holds(y);
+        const Element* line = rows.weights[i] + ((z - rows.z[i].first) * KY + (y - rows.y[i].first)) * KX - rows.x[i].first;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const int x = block + own_column(tile.lane, j);
+          weights[i][j] = has_line && rows.x[i].holds(x) ? bits_of(line[x]) : 0;
+        }
+      }
+      weighted_sums(weights, ((z * halo(1) + y) * halo(2) + block) * X_PITCH, shared, tile.lane, sums);
+    });
+  }
+}
+
+__device__ __forceinline__ void sum_by_key(const Tile& tile, const Element* staged, const Element* origin,
+                                           const Step& step, const unsigned char* shared, float (&sums)[BLOCKS][4]) {
+  int key[2][3];
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) key[i][axis] = tile.row(axis, tile.lane / 4 + 8 * i);
+
+  for (int block = tile.box_first[2]; block < tile.box_end[2]; block += COLUMNS) {
+    // Slot along x of either key in the windows of the lane's four queries of a line; -1 for none.
+    int slot_x[2][4], query_x[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      query_x[j] = block + own_column(tile.lane, j);
+      const Span span(2, tile.halo_first[2] + query_x[j], tile.length[2], 0);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) slot_x[i][j] = span.holds(key[i][2]) ? key[i][2] - span.first : -1;
+    }
+    for_each_line(tile, [&](int z, int y) {
+      const int query_z = tile.halo_first[0] + z, query_y = tile.halo_first[1] + y;
+      const Span span_z(0, query_z, tile.length[0], 0), span_y(1, query_y, tile.length[1], 0);
+      const Element* line = IS_STAGED ? staged + (z * halo(1) + y) * halo(2) * PITCH : origin + step.to(query_z, query_y, 0);
+      unsigned weights[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const bool has_line = span_z.holds(key[i][0]) && span_y.holds(key[i][1]);
+        const int slot = ((key[i][0] - span_z.first) * KY + (key[i][1] - span_y.first)) * KX;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Offset query = IS_STAGED ? Offset(query_x[j] * PITCH) : step.x * (tile.halo_first[2] + query_x[j]);
+          weights[i][j] = has_line && slot_x[i][j] >= 0 ? bits_of(line[query + slot + slot_x[i][j]]) : 0;
+        }
+      }
+      weighted_sums(weights, ((z * halo(1) + y) * halo(2) + block) * X_PITCH, shared, tile.lane, sums);
+    });
+  }
+}
+
+__device__ __forceinline__ void gather(const GatherArguments& args) {
+  NATRAIN_DYNAMIC_SHARED(shared);
+  const Tile tile(args.geometry);
+  const unsigned shared_at = shared_address(shared);
+  fetch_halo<PIECES, PIECES>(tile, args.geometry, args.x, args.x_at, shared_at, X_PITCH);
+  if constexpr (IS_STAGED && BY_KEY)
+    fetch_halo<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.weights, args.weights_at, shared_at + WEIGHTS_AT,
+                                             WEIGHTS_PITCH);
+  if constexpr (IS_STAGED && !BY_KEY)
+    fetch_own<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.weights, args.weights_at,
+                                            shared_at + WEIGHTS_AT + tile.warp * ROWS * WEIGHTS_PITCH, WEIGHTS_PITCH);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  float sums[BLOCKS][4] = {};
+  if (tile.is_active) {
+    const Element* staged = reinterpret_cast<const Element*>(shared + WEIGHTS_AT);
+    const Element* origin = tile.origin(args.weights, args.weights_at);
+    const Step step(args.geometry, args.weights_at);
+    if constexpr (BY_KEY)
+      sum_by_key(tile, staged, origin, step, shared, sums);
+    else
+      sum_by_query(tile, staged, origin, step, shared, sums);
+  }
+  __syncthreads();
+  if (!tile.is_active) return;
+
+  unsigned char* const own = shared + tile.warp * ROWS * OUT_PITCH;
+  const float scale = float(args.scale);
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      const float pair[2] = {sums[block][2 * i] * scale, sums[block][2 * i + 1] * scale};
+      const int at = (tile.lane / 4 + 8 * i) * OUT_PITCH + (8 * block + tile.lane % 4 * 2) * sizeof(Element);
+      store<2>(reinterpret_cast<Element*>(own + at), pair);
+    }
+  __syncwarp();
+  store_own<PIECES>(tile, args.geometry, own, OUT_PITCH, args.out, args.out_at);
+}
+
+}  // namespace natrain

@@ -1,0 +1,115 @@
+// Products of one warp out of rows in shared memory, for 16-bit elements and for float32: two 16-byte pieces of a row are
+// one depth of the tensor core either way (16 halves, or 8 floats).
+//
+// float32 is TF32 (NATRAIN_TERMS 1), or three TF32 products that keep 21 bits of each factor (NATRAIN_TERMS 3).
+#pragma once
+
+#include "tile.cuh"
+
+namespace natrain {
+
+constexpr bool IS_FLOAT = sizeof(Element) == 4;
+constexpr int TERMS = NATRAIN_TERMS;
+static_assert(TERMS == 1 || (TERMS == 3 && IS_FLOAT));
+
+// Bytes from one row of D in shared memory to the next. ldmatrix is free of bank conflicts when rows are an odd number of
+// pieces apart; single floats, read for weighted sums, when they are an odd number of 32 bytes apart.
+__device__ constexpr int row_pitch(bool is_read_by_floats) {
+  return is_read_by_floats ? (DEPTHS | 1) * 32 : ((2 * DEPTHS) | 1) * 16;
+}
+
+// d += a * b over one depth.
+__device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  if constexpr (!IS_FLOAT) {
+    mma_m16n8k16<Element>(d, a, b);
+  } else {
+    unsigned a_high[4], b_high[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(__uint_as_float(a[i]));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(__uint_as_float(b[i]));
+    if constexpr (TERMS == 3) {
+      unsigned a_low[4], b_low[2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a_low[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
+#pragma unroll
+      for (int i = 0; i < 2; ++i) b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
+      mma_m16n8k8_tf32(d, a_low, b_high);
+      mma_m16n8k8_tf32(d, a_high, b_low);
+    }
+    mma_m16n8k8_tf32(d, a_high, b_high);
+  }
+}
+
+// The 16 rows of D at `rows`, as the left factor of all depths.
+__device__ __forceinline__ void load_left(unsigned rows, int lane, unsigned (&a)[DEPTHS][4]) {
+#pragma unroll
+  for (int depth = 0; depth < DEPTHS; ++depth)
+    ldmatrix_x4(a[depth], rows + lane % 16 * row_pitch(false) + (2 * depth + lane / 16) * 16);
+}
+
+// Dot products of the left rows with the 8 rows of D at `columns`.
+__device__ __forceinline__ void dot_products(const unsigned (&a)[DEPTHS][4], unsigned columns, int lane, float (&d)[4]) {
+#pragma unroll
+  for (int depth = 0; depth < DEPTHS; depth += 2) {
+    const unsigned row = columns + lane % 8 * row_pitch(false) + 32 * depth;
+    if (depth + 1 < DEPTHS) {
+      unsigned b[4];
+      ldmatrix_x4(b, row + lane / 8 * 16);
+      const unsigned first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+      multiply(d, a[depth], first);
+      multiply(d, a[depth + 1 < DEPTHS ? depth + 1 : depth], second);
+    } else {
+      unsigned b[2];
+      ldmatrix_x2(b, row + lane / 8 % 2 * 16);
+      multiply(d, a[depth], b);
+    }
+  }
+}
+
+// Columns, of 16, whose weights a lane brings to a weighted sum.
+__device__ __forceinline__ int own_column(int lane, int i) {
+  return IS_FLOAT ? lane % 4 + 4 * i : lane % 4 * 2 + i % 2 + i / 2 * 8;
+}
+
+constexpr int BLOCKS = HEAD_DIM / 8;  // of 8 components of a weighted sum
+
+// sums += weights * the 16 rows of D at `columns`; weight [i][j] is of row lane / 4 + 8 i and column own_column(lane, j), as
+// the bits of an Element.
+__device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2][4], unsigned columns, const unsigned char* shared,
+                                              int lane, float (&sums)[BLOCKS][4]) {
+  if constexpr (IS_FLOAT) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const unsigned a[4] = {weights[0][2 * half], weights[1][2 * half], weights[0][2 * half + 1],
+                             weights[1][2 * half + 1]};
+      const unsigned char* row = shared + columns + (8 * half + lane % 4) * row_pitch(true) + lane / 4 * 4;
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) {
+        const unsigned b[2] = {*reinterpret_cast<const unsigned*>(row + 32 * block),
+                               *reinterpret_cast<const unsigned*>(row + 4 * row_pitch(true) + 32 * block)};
+        multiply(sums[block], a, b);
+      }
+    }
+  } else {
+    const unsigned a[4] = {weights[0][0] | weights[0][1] << 16, weights[1][0] | weights[1][1] << 16,
+                           weights[0][2] | weights[0][3] << 16, weights[1][2] | weights[1][3] << 16};
+    const unsigned row = shared_address(shared) + columns + lane % 16 * row_pitch(false);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block += 2) {
+      if (block + 1 < BLOCKS) {
+        unsigned b[4];
+        ldmatrix_x4_trans(b, row + (block + lane / 16) * 16);
+        const unsigned first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+        multiply(sums[block], a, first);
+        multiply(sums[block + 1 < BLOCKS ? block + 1 : block], a, second);
+      } else {
+        unsigned b[2];
+        ldmatrix_x2_trans(b, row + block * 16);
+        multiply(sums[block], a, b);
+      }
+    }
+  }
+}
+
+}  // namespace natrain

@@ -1,0 +1,183 @@
+// Who works on what in the gemm kernels, and how tokens come into shared memory.
+//
+// A warp owns 16 *rows*: adjacent tokens of one head and dilation group, a box of row_tile() extents. The tokens of the
+// other side that any of them reaches, the *columns*, lie in a box too. A product of 16 rows with the box's columns, 16 at a
+// time, holds every (query, key) pair of those rows and some that are none; pairs are told apart where weights are read or
+// written. Rows are queries in qk and av, keys in inverse (BY_KEY). The warps of a block stand next to each other, and the
+// union of their boxes, the *halo*, is fetched into shared memory once.
+//
+// Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_PITCH (elements
+// from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
+// NATRAIN_BY_KEY, NATRAIN_ROW_Z.., NATRAIN_WARPS_Z.., NATRAIN_HALO_Z.. (of which every line of
+// every box has a multiple of 16 columns).
+#pragma once
+
+#include "intrinsics.cuh"
+#include "numeric.cuh"
+#include "problem_constants.cuh"
+
+namespace natrain {
+
+using Element = NATRAIN_DTYPE;
+using Offset = NATRAIN_OFFSET;
+
+NATRAIN_PER_AXIS(int, row_tile, ROW)
+NATRAIN_PER_AXIS(int, warps, WARPS)
+NATRAIN_PER_AXIS(int, halo, HALO)
+
+constexpr int HEAD_DIM = NATRAIN_HEAD_DIM, PITCH = NATRAIN_PITCH;
+constexpr bool BY_KEY = NATRAIN_BY_KEY;
+constexpr int NEIGHBORS = kernel_size(0) * kernel_size(1) * kernel_size(2);
+constexpr int ROWS = 16, COLUMNS = 16;  // of one product
+constexpr int WARPS = warps(0) * warps(1) * warps(2), THREADS = 32 * WARPS;
+constexpr int HALO = halo(0) * halo(1) * halo(2);
+static_assert(row_tile(0) * row_tile(1) * row_tile(2) == ROWS);
+
+// Elements of a 16-byte piece; pieces of a row of D, of a row of D with the zeros that fill its last product's depth of two
+// pieces, and of a row of weights.
+constexpr int PIECE = 16 / sizeof(Element);
+constexpr int PIECES = HEAD_DIM / PIECE, DEPTHS = (PIECES + 1) / 2, WEIGHT_PIECES = PITCH / PIECE;
+static_assert(HEAD_DIM % PIECE == 0 && PITCH % PIECE == 0);
+
+struct Geometry {
+  int length[3];  // tokens
+  int dilation[3];
+  int tiles[3];   // blocks that cover the longest dilation group
+  int heads, batch;
+};
+
+__device__ __forceinline__ int first_column(int axis, int row, int n) {
+  return BY_KEY ? inverse_first(row, n, kernel_size(axis), window_stride(axis), is_causal(axis))
+                : window_start(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+}
+__device__ __forceinline__ int last_column(int axis, int row, int n) {
+  return BY_KEY ? inverse_last(row, n, kernel_size(axis), window_stride(axis), is_causal(axis))
+                : window_end(row, n, kernel_size(axis), window_stride(axis), is_causal(axis)) - 1;
+}
+
+// Positions are those of one dilation group.
+struct Tile {
+  int lane, warp, batch, head;
+  int group[3], length[3];       // dilation group, tokens in it
+  int warp_first[3];             // first row
+  int halo_first[3];             // first column of the block
+  int box_first[3], box_end[3];  // columns of the warp, counted from halo_first
+  bool is_active;                // the warp has a row
+
+  __device__ __forceinline__ explicit Tile(const Geometry& g) {
+    lane = threadIdx.x % 32;
+    warp = threadIdx.x / 32;
+    int index = warp;
+    unsigned block = blockIdx.x;
+    is_active = true;
+    // Heads lie next to each other in memory, then dilation groups.
+    head = block % g.heads;
+    block /= g.heads;
+#pragma unroll
+    for (int axis = 2; axis >= 0; --axis) {
+      group[axis] = block % g.dilation[axis];
+      block /= g.dilation[axis];
+      const unsigned tile = block % g.tiles[axis];
+      block /= g.tiles[axis];
+      length[axis] = group_length(g.length[axis], g.dilation[axis], group[axis]);
+      const int n = length[axis];
+      // A shorter group than the longest may have no row here: then the block repeats the last one and stores nothing.
+      const int block_first = tile * warps(axis) * row_tile(axis);
+      warp_first[axis] = block_first + index % warps(axis) * row_tile(axis);
+      index /= warps(axis);
+      is_active = is_active && warp_first[axis] < n;
+      halo_first[axis] = first_column(axis, min(block_first, n - 1), n);
+      box_first[axis] = first_column(axis, min(warp_first[axis], n - 1), n) - halo_first[axis];
+      box_end[axis] = last_column(axis, min(warp_first[axis] + row_tile(axis), n) - 1, n) + 1 - halo_first[axis];
+    }
+    batch = block;
+  }
+
+  // Position of the warp's row r along an axis; it may lie past the end of the group.
+  __device__ __forceinline__ int row(int axis, int r) const {
+    return warp_first[axis] + (axis == 2   ? r % row_tile(2)
+                               : axis == 1 ? r / row_tile(2) % row_tile(1)
+                                           : r / (row_tile(2) * row_tile(1)));
+  }
+  __device__ __forceinline__ bool has_row(int r) const {
+    return row(0, r) < length[0] && row(1, r) < length[1] && row(2, r) < length[2];
+  }
+
+  // Element (batch, the first token of the dilation group, head, 0).
+  template <class T>
+  __device__ __forceinline__ T* origin(T* data, const Layout& at) const {
+    return data + (batch * at.batch + head * at.head) +
+           (Offset(at.token[0]) * group[0] + Offset(at.token[1]) * group[1] + Offset(at.token[2]) * group[2]);
+  }
+};
+
+// From one position of a dilation group to the next, in elements.
+struct Step {
+  Offset z, y, x;
+
+  __device__ __forceinline__ Step(const Geometry& g, const Layout& at)
+      : z(Offset(at.token[0]) * g.dilation[0]),
+        y(Offset(at.token[1]) * g.dilation[1]),
+        x(Offset(at.token[2]) * g.dilation[2]) {}
+
+  __device__ __forceinline__ Offset to(int at_z, int at_y, int at_x) const { return z * at_z + y * at_y + x * at_x; }
+
+  // Of row r of the warp, or of the last token of the group where it lies past it.
+  __device__ __forceinline__ Offset to_row(const Tile& tile, int r) const {
+    return to(min(tile.row(0, r), tile.length[0] - 1), min(tile.row(1, r), tile.length[1] - 1),
+              min(tile.row(2, r), tile.length[2] - 1));
+  }
+};
+
+// Begins to fetch COUNT rows of PIECES 16-byte pieces into rows of `pitch` bytes; `source_of(row)` is null for zeros, which
+// also fill the pieces from PIECES on to FILLED.
+template <int PIECES, int FILLED, class SourceOf>
+__device__ __forceinline__ void fetch_rows(unsigned shared, int pitch, int count, int thread, int threads,
+                                           SourceOf source_of) {
+  for (int i = thread; i < count * FILLED; i += threads) {
+    const int row = i / FILLED, piece = i % FILLED;
+    const Element* source = source_of(row);
+    const bool is_valid = source && (PIECES == FILLED || piece < PIECES);
+    cp_async_16(shared + row * pitch + piece * 16, source + (is_valid ? piece * PIECE : 0), is_valid);
+  }
+}
+
+// The halo's rows of `x` [B, *S, N, W]: W of D (filled to whole depths) or of weights.
+template <int PIECES, int FILLED>
+__device__ __forceinline__ void fetch_halo(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
+                                           unsigned shared, int pitch) {
+  const Element* origin = tile.origin(x, at);
+  const Step step(g, at);
+  fetch_rows<PIECES, FILLED>(shared, pitch, HALO, threadIdx.x, THREADS, [&](int token) {
+    const int px = tile.halo_first[2] + token % halo(2), py = tile.halo_first[1] + token / halo(2) % halo(1);
+    const int pz = tile.halo_first[0] + token / (halo(2) * halo(1));
+    const bool is_inside = pz < tile.length[0] && py < tile.length[1] && px < tile.length[2];
+    return is_inside ? origin + step.to(pz, py, px) : nullptr;
+  });
+}
+
+// The warp's own 16 rows of `x`; past the group's end the last token again.
+template <int PIECES, int FILLED>
+__device__ __forceinline__ void fetch_own(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
+                                          unsigned shared, int pitch) {
+  const Element* origin = tile.origin(x, at);
+  const Step step(g, at);
+  fetch_rows<PIECES, FILLED>(shared, pitch, ROWS, tile.lane, 32,
+                             [&](int r) { return origin + step.to_row(tile, r); });
+}
+
+// Writes the warp's 16 rows of PIECES pieces from shared memory to `out`.
+template <int PIECES>
+__device__ __forceinline__ void store_own(const Tile& tile, const Geometry& g, const unsigned char* shared, int pitch,
+                                          Element* out, const Layout& at) {
+  Element* origin = tile.origin(out, at);
+  const Step step(g, at);
+  for (int i = tile.lane; i < ROWS * PIECES; i += 32) {
+    const int r = i / PIECES, piece = i % PIECES;
+    if (tile.has_row(r))
+      *reinterpret_cast<uint4*>(origin + step.to_row(tile, r) + piece * PIECE) =
+          *reinterpret_cast<const uint4*>(shared + r * pitch + piece * 16);
+  }
+}
+
+}  // namespace natrain
