@@ -4,7 +4,9 @@ The kernel that is measured with is registered by this script, so that every dev
 operator, choice, autograd. ``floor`` is what torch asks for the least that does the same: an autograd.Function that
 calls the kernel's methods.
 
-    python scripts/bench_host.py [--device cuda] [--calls 2000]
+    python scripts/bench_host.py [--device cuda] [--calls 2000] [--kernels fused naive]
+
+``--kernels``: real kernels too, on one 8x8 image: the host's time only where the device's work is shorter.
 """
 
 from __future__ import annotations
@@ -63,10 +65,12 @@ def microseconds(call: Callable[[], object], calls: int) -> float:
         for _ in range(100):
             call()
         rounds.append((time.perf_counter() - start) * 1e4)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
     return statistics.median(rounds[1:])
 
 
-def contenders(device: str) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+def contenders(device: str, kernels: list[str]) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """By name: a forward call, and one of forward and backward."""
     qkv = torch.randn(1, 8, 8, 3, 2, 32, device=device, requires_grad=True)
     rpb = torch.randn(2, 13, 13, device=device, requires_grad=True)
@@ -86,6 +90,12 @@ def contenders(device: str) -> dict[str, tuple[Callable[[], object], Callable[[]
         ),
     }
 
+    for name in kernels:
+        forwards[f"na2d_qkvpacked, {name}"] = (
+            lambda name=name: natrain.na2d_qkvpacked(qkv, 7, rpb=rpb, kernel=name),
+            (qkv, rpb),
+        )
+
     def both(forward, inputs):
         return lambda: torch.autograd.grad(forward(), inputs, d_out)
 
@@ -96,15 +106,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--kernels", nargs="*", default=[])
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__} on {args.device}, us a call, median of rounds of 100 calls")
-    print(f"{'':<20}{'inference':>11}{'forward':>11}{'with backward':>15}")
-    for name, (forward, both) in contenders(args.device).items():
+    print(f"{'':<24}{'inference':>11}{'forward':>11}{'with backward':>15}")
+    for name, (forward, both) in contenders(args.device, args.kernels).items():
         with torch.no_grad():
             inference_us = microseconds(forward, args.calls)
         times = inference_us, microseconds(forward, args.calls), microseconds(both, args.calls)
-        print("{:<20}{:11.1f}{:11.1f}{:15.1f}".format(name, *times), flush=True)
+        print("{:<24}{:11.1f}{:11.1f}{:15.1f}".format(name, *times), flush=True)
 
 
 if __name__ == "__main__":
