@@ -13,10 +13,10 @@ namespace natrain {
 
 struct Arguments {
   Geometry geometry;         // heads: of the rows; heads_per_kv: of q for one of them when rows are keys
+  int partials;              // of the bias gradient for a head
   float scale;               // of q . k
   float keep_scale;          // 1 / (1 - dropout_p)
   unsigned drop_threshold;
-  int partials;              // of the bias gradient for a head
   const Element *q, *k, *v, *out, *d_out;
   const float *lse, *d_lse;  // [B, Z, Y, X, N]; d_lse may be null
   Element *d_q, *d_k, *d_v;
@@ -44,6 +44,9 @@ constexpr int TABLE_AT = ROWS_AT + STAGES * WARPS * ROWS_BYTES;
 constexpr int AFTER_TABLE = (TABLE_AT + StartTable::BYTES + 15) / 16 * 16;
 
 constexpr int ENTRIES = BIAS_LINES * BIAS_X;
+
+// Tokens from a step's first column to that of its group u.
+__device__ constexpr int group_tokens(int u) { return group_bytes<HEAD_DIM>(u) / RowFormat<HEAD_DIM>::PITCH; }
 
 // Where a stage's tokens are: the head of q `member` of those that share a key, the chunk's first position in the halo.
 struct Place {

@@ -85,6 +85,13 @@ __device__ __forceinline__ void cp_async_16(unsigned shared, const void* global,
                : "r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
+// The same of 8 bytes, through the first-level cache.
+__device__ __forceinline__ void cp_async_8(unsigned shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;"
+               :
+               : "r"(shared), "l"(global), "r"(valid ? 8 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most the N latest committed groups of this thread are in flight.
 template <int N>

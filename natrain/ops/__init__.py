@@ -1,6 +1,6 @@
 """Neighborhood attention operators: public functions, kernels and how one is chosen."""
 
-from natrain.ops import cpu, gemm, library, naive  # noqa: F401  register operators and kernels
+from natrain.ops import cpu, fused, gemm, library, naive  # noqa: F401  register operators and kernels
 from natrain.ops.functional import (
     explain,
     na1d,

@@ -165,7 +165,10 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsign
 }
 
 inline void cp_async_16(unsigned shared, const void* global, bool valid, EMULATOR_HERE) {
-  emulator::copy_async(place, shared, global, valid);
+  emulator::copy_async(place, 16, shared, global, valid);
+}
+inline void cp_async_8(unsigned shared, const void* global, bool valid, EMULATOR_HERE) {
+  emulator::copy_async(place, 8, shared, global, valid);
 }
 inline void cp_async_commit() { emulator::commit_async(); }
 template <int N>

@@ -31,7 +31,7 @@ constexpr unsigned char NAN_BYTE = 0xff;  // a NaN in every floating type
 enum class State { RUNS, WAITS_FOR_LANES, WAITS_FOR_BLOCK, ENDED };
 
 struct Copy {
-  unsigned shared;
+  unsigned shared, bytes;
   const void* global;  // null: zeros
 };
 
@@ -227,13 +227,13 @@ void barrier(Place place) {
   leave();
 }
 
-void copy_async(Place place, unsigned shared, const void* global, bool valid) {
-  if (shared % 16 || shared + 16 > dynamic_shared_bytes)
-    fail(place, "cp_async_16: writes at %u of %u bytes of shared memory", shared, dynamic_shared_bytes);
-  if (valid && reinterpret_cast<uintptr_t>(global) % 16)
-    fail(place, "cp_async_16: reads from %p, which is not aligned to 16 bytes", global);
-  std::memset(dynamic_shared + shared, NAN_BYTE, 16);
-  self().groups.back().push_back({shared, valid ? global : nullptr});
+void copy_async(Place place, unsigned bytes, unsigned shared, const void* global, bool valid) {
+  if (shared % bytes || shared + bytes > dynamic_shared_bytes)
+    fail(place, "cp_async_%u: writes at %u of %u bytes of shared memory", bytes, shared, dynamic_shared_bytes);
+  if (valid && reinterpret_cast<uintptr_t>(global) % bytes)
+    fail(place, "cp_async_%u: reads from %p, which is not aligned to %u bytes", bytes, global, bytes);
+  std::memset(dynamic_shared + shared, NAN_BYTE, bytes);
+  self().groups.back().push_back({shared, bytes, valid ? global : nullptr});
 }
 
 void commit_async() { self().groups.emplace_back(); }
@@ -244,9 +244,9 @@ void wait_async(int groups_in_flight) {
   while (int(groups.size()) - 1 > groups_in_flight) {
     for (const Copy& copy : groups.front()) {
       if (copy.global)
-        std::memcpy(dynamic_shared + copy.shared, copy.global, 16);
+        std::memcpy(dynamic_shared + copy.shared, copy.global, copy.bytes);
       else
-        std::memset(dynamic_shared + copy.shared, 0, 16);
+        std::memset(dynamic_shared + copy.shared, 0, copy.bytes);
     }
     groups.erase(groups.begin());
   }

@@ -1,0 +1,423 @@
+"""The fused CUDA kernels (csrc/fused): forward and backward on tensor cores that never hold the attention weights.
+
+Limits: any rank and window; float16, bfloat16 and float32 (in TF32 where torch allows it, else as three TF32 products);
+head dims that are multiples of 8 up to 256. A call finds its launches by shapes and strides, packs its addresses and
+launches; everything else is decided once (fused_plan.py) and kept.
+
+Backward launches two kernels. They allocate 8 bytes a query and head between them, and with a bias one table of it for
+every block. Results do not depend on the order of blocks: every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from natrain.jit import cuda
+from natrain.jit.build import BuildSpec
+from natrain.jit.driver import CudaKernel
+from natrain.ops.dropout import drop_threshold
+from natrain.ops.fused_plan import (
+    Demands,
+    Device,
+    Plan,
+    Space,
+    candidates,
+    choose_plan,
+    shared_capacity,
+    window_constants,
+)
+from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type
+from natrain.ops.naive_specs import DTYPES
+from natrain.ops.precision import is_tf32_allowed
+from natrain.ops.problem import Problem
+from natrain.ops.registry import FusedKernel, Limits, register
+
+MAX_HEAD_DIM = 256
+# Bytes that the tables of a bias gradient may take, one a block.
+MAX_BIAS_WORKSPACE = 2**28
+_MATRIX_BYTES = 16 * 17 * 4  # MATRIX_BYTES of csrc/fused/backward_q.cu
+_GROUPS_HELD = 8  # groups whose dS stays in registers there
+
+# After struct Geometry: scale, keep_scale, drop_threshold and the addresses.
+_FORWARD = struct.Struct("=2fI8Q")
+_BACKWARD = struct.Struct("=2fI4x16Q")
+
+
+@dataclass(frozen=True)
+class _Constants:
+    """What is compiled into the kernels of a problem besides their plans."""
+
+    dtype: torch.dtype
+    head_dim: int
+    value_dim: int
+    offset: str
+    has_rpb: bool
+    has_key_mask: bool
+    has_dropout: bool
+    tf32_terms: int
+
+    def defines(self) -> dict[str, object]:
+        return {
+            "NATRAIN_DTYPE": DTYPES[self.dtype],
+            "NATRAIN_HEAD_DIM": self.head_dim,
+            "NATRAIN_VALUE_DIM": self.value_dim,
+            "NATRAIN_OFFSET": self.offset,
+            "NATRAIN_HAS_RPB": int(self.has_rpb),
+            "NATRAIN_HAS_KEY_MASK": int(self.has_key_mask),
+            "NATRAIN_HAS_DROPOUT": int(self.has_dropout),
+            "NATRAIN_TF32_TERMS": self.tf32_terms,
+        }
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One kernel of a problem: what to compile, how to launch it."""
+
+    entry: str
+    plan: Plan
+    geometry: bytes
+    defines: tuple[tuple[str, object], ...]
+
+    @property
+    def source(self) -> tuple[str, str]:
+        return f"fused/{self.entry}.cu", f"natrain_fused_{self.entry}"
+
+    def load(self, device: int) -> CudaKernel:
+        return _load(*self.source, self.defines, device)
+
+
+@functools.cache
+def _load(source: str, name: str, defines: tuple[tuple[str, object], ...], device: int) -> CudaKernel:
+    return cuda.load(source, name, dict(defines), device)
+
+
+@functools.lru_cache
+def _device(index: int) -> Device:
+    if index < 0:  # nothing to ask
+        return Device()
+    properties = torch.cuda.get_device_properties(index)
+    return Device((properties.major, properties.minor), properties.multi_processor_count)
+
+
+def _space(problem: Problem) -> Space:
+    return Space.of(
+        problem.spatial,
+        problem.window,
+        problem.batch,
+        problem.heads,
+        problem.kv_heads,
+        problem.dtype,
+        problem.has_rpb,
+    )
+
+
+def _part(entry: str, problem: Problem, constants: _Constants, plan: Plan, geometry: bytes, **more: int) -> _Part:
+    defines = {**window_constants(problem.window), **constants.defines(), **plan.defines(), **more}
+    return _Part(entry, plan, geometry, tuple(sorted(defines.items())))
+
+
+def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Part:
+    space = _space(problem)
+    demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype.itemsize)
+    plan = choose_plan(space, demands, device)
+    return _part("forward", problem, constants, plan, plan.geometry(space))
+
+
+def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
+    """backward_q.cu, then backward_kv.cu once, or for each gradient where both would not fit the registers."""
+    plan, partials = _plan_backward_q(problem, device)
+    geometry = plan.geometry(_space(problem)) + struct.pack("i", partials)
+    bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb)}
+    parts = [_part("backward_q", problem, constants, plan, geometry, **bias)]
+    # Blocks belong to a head of k and v, and go over the heads of q that share it.
+    space = replace(_space(problem), heads=problem.kv_heads)
+    wide = problem.head_dim + problem.value_dim > 256
+    for gradients in (1, 2) if wide else (3,):
+        plan = choose_plan(space, _kv_demands(problem, gradients), device)
+        geometry = struct.pack(
+            "14i", *struct.unpack("10i", plan.geometry(space)[:40]), problem.heads // problem.kv_heads,
+            problem.batch, plan.splits, partials,
+        )  # fmt: skip
+        # The first that runs adds up the bias gradient.
+        bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb and gradients != 2), "NATRAIN_GRADIENTS": gradients}
+        parts.append(_part("backward_kv", problem, constants, plan, geometry, **bias))
+    return parts
+
+
+def _held_registers(dim: int, itemsize: int) -> int:
+    """Of the rows of a warp as csrc/fused/products.cuh keeps them."""
+    held = dim * itemsize // 8
+    return held if held <= 48 else 4
+
+
+def _q_demands(problem: Problem) -> Demands:
+    head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
+    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + head_dim // 2 + 72
+    return Demands(
+        (head_dim, value_dim),
+        (head_dim, value_dim),
+        registers,
+        per_group=8 if problem.has_rpb else 0,
+        most_groups=_GROUPS_HELD if problem.has_rpb else 16,
+        row_buffers=3,
+    )
+
+
+def _kv_demands(problem: Problem, gradients: int) -> Demands:
+    head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
+    sums = (head_dim // 2 if gradients & 1 else 0) + (value_dim // 2 if gradients & 2 else 0)
+    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + sums + 80
+    return Demands(
+        (head_dim, value_dim),
+        (head_dim, value_dim),
+        registers,
+        per_group=0,
+        most_groups=16,
+        row_buffers=2,
+        column_bytes=8,
+        rows_are_keys=True,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_backward_q(problem: Problem, device: Device) -> tuple[Plan, int]:
+    """The plan, and how many tables of the bias gradient its blocks leave for a head.
+
+    Every warp has a table of the bias in shared memory, besides what other plans hold there.
+    """
+    space, demands = _space(problem), _q_demands(problem)
+    if not problem.has_rpb:
+        return choose_plan(space, demands, device), 0
+    entries = math.prod(problem.window.rpb_shape)
+    per_multiprocessor, per_block = shared_capacity(device.capability)
+    best = None
+    for plan in candidates(space, demands, device):
+        shared = -(-plan.shared_bytes // 16) * 16 + math.prod(plan.warps) * (_MATRIX_BYTES + 4 * entries)
+        blocks = min(plan.min_blocks, per_multiprocessor // (shared + 1024))
+        if shared > per_block or not blocks:
+            continue
+        cost = plan.cost * (1 + 0.3 * (plan.min_blocks / blocks - 1))
+        # Where dS does not stay in registers its diagonals are summed for every image.
+        cost *= 1 if plan.resident and plan.groups <= _GROUPS_HELD else 1.5
+        if best is None or cost < best[0]:
+            best = cost, replace(plan, shared_bytes=shared, min_blocks=blocks)
+    if best is None:
+        raise ValueError(f"no plan of the bias gradient for {problem}")
+    plan = best[1]
+    return plan, plan.grid // problem.heads
+
+
+def _constants(problem: Problem, offset: str) -> _Constants:
+    is_float = problem.dtype == torch.float32
+    return _Constants(
+        problem.dtype,
+        problem.head_dim,
+        problem.value_dim,
+        offset,
+        problem.has_rpb,
+        problem.has_key_mask,
+        problem.has_dropout,
+        0 if not is_float else 1 if is_tf32_allowed() else 3,
+    )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether every row of D can be fetched by 16-byte accesses where it lies."""
+    width = ACCESS_BYTES // x.element_size()
+    layout = Layout.of(x)
+    is_aligned = not any(stride % width for stride in layout.packed) and x.data_ptr() % ACCESS_BYTES == 0
+    return is_aligned and (x.stride(-1) == 1 or x.shape[-1] == 1)
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if _is_readable(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _as_bias(rpb: Tensor) -> Tensor:
+    return rpb if rpb.dtype is torch.float32 and rpb.is_contiguous() else rpb.float().contiguous()
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A launch but for the bytes between ``head`` and ``tail``."""
+
+    kernel: CudaKernel
+    grid: int
+    threads: int
+    shared_bytes: int
+    head: bytes
+    tail: bytes
+
+    @staticmethod
+    def of(part: _Part, tensors: Sequence[Tensor], device: int) -> _Launch:
+        numbers = [number for x in tensors for number in Layout.of(x).packed]
+        plan = part.plan
+        tail = struct.pack(f"{len(numbers)}q", *numbers)
+        return _Launch(part.load(device), plan.grid, plan.threads, plan.shared_bytes, part.geometry, tail)
+
+    def __call__(self, middle: bytes, device: int) -> None:
+        self.kernel.launch(self.grid, self.threads, self.head + middle + self.tail, device, self.shared_bytes)
+
+
+# Keyed by all that a launch depends on but addresses; emptied when shapes keep changing. None: a tensor must be copied.
+_launches: dict[tuple, tuple[tuple[_Launch, ...], int] | None] = {}
+_MOST_LAUNCHES = 4096
+
+
+def _remember(key: tuple, value: tuple[tuple[_Launch, ...], int] | None):
+    if len(_launches) >= _MOST_LAUNCHES:
+        _launches.clear()
+    _launches[key] = value
+    return value
+
+
+class FusedCuda(FusedKernel):
+    """One kernel forward, two backward."""
+
+    name = "fused"
+    summary = "CUDA tensor cores, fused; any rank and window, trainable bias, one backward"
+    priority = 20
+    limits = Limits(
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
+        min_capability=(8, 0),
+        max_head_dim=MAX_HEAD_DIM,
+        head_dim_multiple=8,
+        gqa=True,
+        value_dim=True,
+        key_mask=True,
+    )
+
+    def extra_reasons(self, problem: Problem) -> list[str]:
+        reasons = cuda.reasons_against(problem.capability)
+        if reasons or not problem.batch or not problem.heads:
+            return reasons
+        device = Device(problem.capability) if problem.capability else Device()
+        try:
+            parts = [forward_part(problem, _constants(problem, "int"), device)]
+            if problem.needs_grad:
+                parts += backward_parts(problem, _constants(problem, "int"), device)
+        except ValueError:
+            return [f"shared memory of capability {device.capability} (too little for this window and head_dim)"]
+        if problem.needs_grad and problem.has_rpb:
+            workspace = 4 * parts[1].plan.grid * math.prod(problem.window.rpb_shape)
+            if workspace > MAX_BIAS_WORKSPACE:
+                reasons.append(f"bias gradient's workspace {workspace >> 20} MiB (at most {MAX_BIAS_WORKSPACE >> 20})")
+        return reasons
+
+    def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
+        number = int("".join(filter(str.isdigit, arch)))
+        device = Device(divmod(number, 10))
+        span = problem.num_tokens * max(problem.heads * problem.head_dim, problem.kv_heads * problem.value_dim)
+        # A packed projection's image spans three times as much as a tensor of its own.
+        constants = _constants(problem, "int" if 3 * span < 2**31 else "long long")
+        parts = [forward_part(problem, constants, device)]
+        if problem.needs_grad:
+            parts += backward_parts(problem, constants, device)
+        return [cuda.kernel_spec(*part.source, dict(part.defines), arch) for part in parts]
+
+    def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
+        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        if not out.numel():
+            return out, lse
+        device = q.get_device()
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        key = (
+            problem.window, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, device,
+            rpb is None, key_mask is None, dropout_p == 0, (addresses[0] | addresses[1] | addresses[2]) % ACCESS_BYTES,
+            q.dtype is torch.float32 and is_tf32_allowed(),
+        )  # fmt: skip
+        found = _launches.get(key, self)
+        if found is self:
+            found = _remember(key, self._plan_forward(problem, q, k, v, device))
+        if found is None:
+            return self.forward(
+                problem, _readable(q), _readable(k), _readable(v), rpb, key_mask, seed, scale, dropout_p
+            )
+        rpb = None if rpb is None else _as_bias(rpb)
+        key_mask = None if key_mask is None else key_mask.contiguous()
+        middle = _FORWARD.pack(
+            scale, 1 / (1 - dropout_p), drop_threshold(dropout_p), *addresses, out.data_ptr(), lse.data_ptr(),
+            0 if rpb is None else rpb.data_ptr(), 0 if key_mask is None else key_mask.data_ptr(),
+            0 if seed is None else seed.data_ptr(),
+        )  # fmt: skip
+        found[0][0](middle, device)
+        return out, lse
+
+    @staticmethod
+    def _plan_forward(problem: Problem, q: Tensor, k: Tensor, v: Tensor, device: int):
+        tensors = (q, k, v)
+        if not all(map(_is_readable, tensors)):
+            return None
+        offset = offset_type(*map(Layout.of, tensors))
+        part = forward_part(problem, _constants(problem, offset), _device(device))
+        return (_Launch.of(part, tensors, device),), 0
+
+    def backward(
+        self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v
+    ):  # fmt: skip
+        if not q.numel() or not v.numel():
+            return None if rpb is None else torch.zeros_like(rpb, dtype=torch.float32)
+        device = q.get_device()
+        tensors = q, k, v, out, d_out, d_q, d_k, d_v
+        addresses = [x.data_ptr() for x in tensors]
+        alignment = 0
+        for address in addresses:
+            alignment |= address
+        key = (
+            problem.window, q.shape, k.shape, v.shape, q.dtype, device, rpb is None, key_mask is None, dropout_p == 0,
+            alignment % ACCESS_BYTES, q.dtype is torch.float32 and is_tf32_allowed(), *[x.stride() for x in tensors],
+        )  # fmt: skip
+        found = _launches.get(key, self)
+        if found is self:
+            found = _remember(key, self._plan_backward(problem, tensors, device))
+        if found is None:
+            readable = [_readable(x) for x in (d_out, q, k, v, out)]
+            written = [_readable(x) for x in (d_q, d_k, d_v)]
+            d_rpb = self.backward(
+                problem, readable[0], d_lse, *readable[1:4], rpb, key_mask, readable[4], lse, seed, scale, dropout_p,
+                *written,
+            )  # fmt: skip
+            for to, x in zip((d_q, d_k, d_v), written, strict=True):
+                if to is not x:
+                    to.copy_(x)
+            return d_rpb
+        launches, partials = found
+        batch, *_, heads, _ = q.shape
+        statistics = q.new_empty((batch, heads, q.shape[1:-2].numel(), 2), dtype=torch.float32)
+        partial = d_rpb = None
+        if rpb is not None:
+            rpb = _as_bias(rpb)
+            d_rpb = torch.empty_like(rpb)
+            partial = q.new_empty(partials * rpb.numel(), dtype=torch.float32)
+        key_mask = None if key_mask is None else key_mask.contiguous()
+        d_lse = None if d_lse is None else d_lse.contiguous()
+        optional = (partial, d_rpb, rpb, key_mask, seed)
+        middle = _BACKWARD.pack(
+            scale, 1 / (1 - dropout_p), drop_threshold(dropout_p), *addresses[:5], lse.data_ptr(),
+            0 if d_lse is None else d_lse.data_ptr(), *addresses[5:], statistics.data_ptr(),
+            *[0 if x is None else x.data_ptr() for x in optional],
+        )  # fmt: skip
+        for launch in launches:
+            launch(middle, device)
+        return d_rpb
+
+    @staticmethod
+    def _plan_backward(problem: Problem, tensors: Sequence[Tensor], device: int):
+        if not all(map(_is_readable, tensors)):
+            return None
+        offset = offset_type(*map(Layout.of, tensors))
+        problem = replace(problem, needs_grad=True)
+        parts = backward_parts(problem, _constants(problem, offset), _device(device))
+        return tuple(_Launch.of(part, tensors, device) for part in parts), parts[0].plan.grid // problem.heads
+
+
+register(FusedCuda())
