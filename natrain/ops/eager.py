@@ -45,16 +45,27 @@ def _dispatch_state() -> tuple[int, int]:
 
 
 def _plain_states() -> frozenset[tuple[int, int]]:
-    """The states of a thread under no mode and no transform: of its own, and in inference mode."""
+    """The states of a thread under no mode and no transform: as it starts, in inference mode, in a backward pass."""
     states = []
 
-    def look() -> None:
-        # Whoever imports this module may be inside of anything; a new thread is not.
+    class Visit(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, d_x: Tensor) -> Tensor:
+            states.append(_dispatch_state())
+            return d_x
+
+    def visit() -> None:
         states.append(_dispatch_state())
         with torch.inference_mode():
             states.append(_dispatch_state())
+        Visit.apply(torch.zeros((), requires_grad=True)).backward()
 
-    thread = threading.Thread(target=look)
+    # Whoever imports this module may be inside of anything; a new thread is not.
+    thread = threading.Thread(target=visit)
     thread.start()
     thread.join()
     return frozenset(states)
@@ -94,7 +105,10 @@ def look(check: Callable, tensors: Sequence[Tensor], rpb: Any, key_mask: Any, op
         if kind not in _OPTION_TYPES:
             return None
         key.append(tuple(map(type, option)) if kind is tuple else kind)
-    key += (is_recorded and torch.is_grad_enabled(), _autocast_dtype(tensors[0].device.type), options)
+    device = tensors[0].device.type
+    if device == "meta":  # has no autocast to ask; shapes come from the operator's fake
+        return None
+    key += (is_recorded and torch.is_grad_enabled(), _autocast_dtype(device), options)
     return tuple(key)
 
 
