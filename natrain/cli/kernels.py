@@ -1,10 +1,29 @@
-"""List the attention kernels and what each can do, as the README shows it.
+"""List the attention kernels and what each can do; compile them ahead; see or clear what is compiled.
 
-`natrain doctor` says which of them work on this machine."""
+  natrain kernels                                        the table of the README
+  natrain kernels build model=nat_tiny dtype=bf16 arch=90 [kernel=naive,gemm] [img_size=384] [batch=128]
+                                                         compile what a training step launches; needs no GPU
+  natrain kernels list                                   what is compiled, with size, target and compiler
+  natrain kernels clear [NAME...]                        delete what is compiled, or what begins with a name
+arch is a CUDA capability (80, 90) or, for the cpu kernel, an instruction set (avx512, avx2, portable).
+`natrain doctor` says which kernels work on this machine."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from natrain.errors import invalid, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from natrain.ops.problem import Problem
+
+ACTIONS = ("build", "list", "clear")
+EXAMPLES = {"model": "nat_tiny", "dtype": "bf16", "arch": "90", "kernel": "naive", "batch": "128", "img_size": "224"}
 
 # What a kernel may lack, in the order of the columns: attribute of its limits, title.
 ABILITIES = {
@@ -20,11 +39,135 @@ ABILITIES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument("action", nargs="?", metavar="ACTION", help="build, list or clear (default: the table)")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of build: key=value; of clear: names of entries")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(kernel_table())
+    if arguments.action is None:
+        print(kernel_table())
+        return 0
+    actions = {"build": _build, "list": _list, "clear": _clear}
+    if arguments.action not in actions:
+        best = nearest(arguments.action, ACTIONS) or "list"
+        raise invalid("ACTION", arguments.action, f"one of {', '.join(ACTIONS)}", f"natrain kernels {best}")
+    return actions[arguments.action](arguments.words)
+
+
+def _build(words: list[str]) -> int:
+    """Compile what the attention layers of a model launch in training."""
+    import torch
+
+    from natrain.jit.build import BuildError, find_built
+    from natrain.jit.cuda import build_all, find_nvcc
+    from natrain.ops.registry import get_kernel, kernels
+
+    settings = {"kernel": None, "dtype": "bf16", "batch": "128", "img_size": None, **_settings(words)}
+    for key in ("model", "arch"):
+        if key not in settings:
+            raise invalid(key, None, "a value", f"natrain kernels build model=nat_tiny dtype=bf16 arch=90 ({key}=...)")
+    dtypes = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if settings["dtype"] not in dtypes:
+        raise invalid("dtype", settings["dtype"], f"one of {', '.join(dtypes)}", "dtype=bf16")
+    arch, device, capability = _target(settings["arch"])
+    chosen = [get_kernel(name) for name in settings["kernel"].split(",")] if settings["kernel"] else kernels()
+    specs = {}
+    for problem in _problems(settings, dtypes[settings["dtype"]], device, capability):
+        for kernel in chosen:
+            if reasons := kernel.limits.reasons(problem):
+                if settings["kernel"]:
+                    raise invalid(
+                        "kernel", kernel.name, f"a kernel for {problem}; {'; '.join(reasons)}", "kernel=naive"
+                    )
+                continue
+            specs |= {spec.key(): spec for spec in kernel.build_specs(problem, arch)}
+    missing = [spec for spec in specs.values() if find_built(spec) is None]
+    compiler = "the C++ compiler" if device == "cpu" else find_nvcc() or "NVRTC"
+    print(f"{len(specs)} kernels for {arch}, {len(missing)} of them to compile with {compiler}", flush=True)
+    begin_s = time.monotonic()
+    try:
+        build_all(missing)
+    except BuildError as error:
+        print(error)
+        return 1
+    for spec in missing:
+        print(f"  {find_built(spec).parent.name}")
+    print(f"compiled in {time.monotonic() - begin_s:.1f} s")
+    return 0
+
+
+def _settings(words: list[str]) -> dict[str, str]:
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key not in EXAMPLES or not equals:
+            best = nearest(key, EXAMPLES) or "model"
+            raise invalid("setting", word, f"one of {', '.join(EXAMPLES)} and a value", f"{best}={EXAMPLES[best]}")
+        settings[key] = value
+    return settings
+
+
+def _target(text: str) -> tuple[str, str, tuple[int, int] | None]:
+    """(target of the compiler, device type, capability) of ``arch=``: 90, 9.0, sm_90a; avx512."""
+    from natrain.jit.cuda import MIN_CAPABILITY, arch_of
+    from natrain.jit.host import LEVELS
+
+    if text in LEVELS:
+        return text, "cpu", None
+    digits = text.removeprefix("sm_").rstrip("af").replace(".", "")
+    capability = (int(digits[:-1]), int(digits[-1])) if digits.isdigit() and len(digits) >= 2 else (0, 0)
+    if capability < MIN_CAPABILITY:
+        oldest = "{}{}".format(*MIN_CAPABILITY)
+        raise invalid("arch", text, f"a CUDA capability from {oldest} on, or {', '.join(LEVELS)}", "arch=90")
+    return arch_of(capability), "cuda", capability
+
+
+def _problems(
+    settings: dict[str, Any], dtype: torch.dtype, device: str, capability: tuple[int, int] | None
+) -> list[Problem]:
+    import timm
+    import torch
+
+    from natrain.models import list_models
+    from natrain.models.problems import attention_problems
+    from natrain.models.registry import default_input
+
+    name = settings["model"]
+    if name not in list_models():
+        best = nearest(name, list_models()) or "nat_tiny"
+        raise invalid("model", name, "a model of natrain (`natrain models` lists them)", f"model={best}")
+    for key in ("batch", "img_size"):
+        if settings[key] is not None and not (settings[key].isdigit() and int(settings[key])):
+            raise invalid(key, settings[key], "a whole number >= 1", f"{key}={EXAMPLES[key]}")
+    size = (int(settings["img_size"]),) * 2 if settings["img_size"] else tuple(default_input(name)["img_size"])
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=size)
+    channels = model.pretrained_cfg["input_size"][0]
+    return list(attention_problems(model, (int(settings["batch"]), channels, *size), dtype, device, capability))
+
+
+def _list(words: list[str]) -> int:
+    from natrain.jit import cache
+
+    entries = cache.entries()
+    rows = [("kernel", "target", "KiB", "compiler")]
+    for entry in entries:
+        kib = os.path.getsize(os.path.join(entry["folder"], entry["artifact"])) / 1024
+        rows.append((os.path.basename(entry["folder"]), entry["target"].split()[0], f"{kib:.0f}", entry["compiler"]))
+    widths = [max(len(str(row[column])) for row in rows) for column in range(3)]
+    for row in rows:
+        print("  ".join([*(f"{value!s:{width}}" for value, width in zip(row, widths, strict=False)), row[3]]))
+    print(f"{len(entries)} compiled kernels in {cache.folder()}")
+    return 0
+
+
+def _clear(words: list[str]) -> int:
+    from natrain.jit import cache
+
+    removed = cache.clear(words)
+    if words and not removed:
+        raise invalid("NAME", " ".join(words), "the beginning of an entry's name", "natrain kernels list")
+    print(f"{removed} compiled kernels deleted from {cache.folder()}")
     return 0
 
 
