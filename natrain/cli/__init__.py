@@ -24,7 +24,8 @@ COMMANDS = {
     "export": ("export", "models for other programs: natrain export --checkpoint FILE --to onnx --out model.onnx"),
     "surgery": ("surgery", "weights for another size: natrain surgery IN OUT kernel_size=11 img_size=384"),
     "models": ("models", "models, their parameters and input sizes: natrain models 'dinat*'"),
-    "kernels": ("kernels", "attention kernels and what each can do"),
+    "kernels": ("kernels", "attention kernels and what each can do; build, list, clear: compiled ones"),
+    "bench": ("bench", "kernels on one problem: natrain bench shape=56x56 heads=2 head_dim=32 kernel_size=7"),
     "doctor": ("doctor", "versions, devices, and which kernels work here and why not"),
 }
 

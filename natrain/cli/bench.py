@@ -1,0 +1,79 @@
+"""Compare kernels on one problem: forward, backward, memory, TFLOP/s, GB/s, share of the floor, error against float64.
+
+  natrain bench op=na2d shape=56x56 heads=2 head_dim=32 kernel_size=7 batch=128 dtype=bf16 kernels=naive,flex,sdpa
+Further words: dilation, stride, is_causal, rpb (per axis joined by x: dilation=8x4); device=cuda|cpu; runs; timer=graph
+(the device's time) or events (the caller's, with its gaps); cache=cold or warm.
+Contenders besides natrain's kernels: flex (FlexAttention, compiled), sdpa (scaled_dot_product_attention with the
+neighbourhood as mask), dense (attention to everything, another function); natten, natten-naive, natten-gemm and
+natten-BACKEND where NATTEN is installed. One that cannot do it is listed with the reason."""
+
+from __future__ import annotations
+
+import argparse
+
+from natrain.errors import invalid, nearest
+
+SETTINGS = {"kernels": None, "device": None, "runs": "30", "timer": "graph", "cache": "cold"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+", metavar="key=value", help="the problem, and kernels=A,B")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from natrain.bench.arms import find_arm
+    from natrain.bench.case import WORDS, Case
+    from natrain.bench.environment import environment
+    from natrain.bench.one import copy_bytes_per_s, heading, refusals, table, text_of
+    from natrain.bench.plan import ArmSpec
+    from natrain.bench.run_case import Setup, close_calls, run_case
+    from natrain.bench.sweep import compile_ahead, default_device
+
+    words = {}
+    for word in arguments.words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in (*SETTINGS, *WORDS):
+            names = [*WORDS, *SETTINGS]
+            raise invalid("setting", word, f"one of {', '.join(names)}", f"{nearest(key, names) or 'shape'}=...")
+        words[key] = value
+    settings = {**SETTINGS, **{key: words.pop(key) for key in SETTINGS if key in words}}
+    case = Case.of(words)
+    device = settings["device"] or default_device()
+    _check(settings, device)
+    names = settings["kernels"].split(",") if settings["kernels"] else _default_arms(case, device)
+    arms = [find_arm(name) for name in dict.fromkeys(names)]
+    setup = Setup(device, int(settings["runs"]), settings["timer"], settings["cache"])
+    compile_ahead({case: {ArmSpec(arm.name, arm.name): [] for arm in arms}})
+    bytes_per_s = copy_bytes_per_s(device)
+    outcomes = list(run_case(case, {arm: ("forward", "backward") for arm in arms}, setup))
+    print(heading(case, setup, bytes_per_s, environment(device)["device"]))
+    print(text_of(table(case, sorted(outcomes, key=lambda o: names.index(o.arm)), bytes_per_s, device)))
+    for line in refusals(outcomes):
+        print(line)
+    for line in close_calls(outcomes, names[0]):
+        print(f"warning: {line}")
+    return 0 if any(outcome.timing for outcome in outcomes) else 1
+
+
+def _check(settings: dict, device: str) -> None:
+    choices = {"device": ("cpu", "cuda"), "timer": ("graph", "events"), "cache": ("cold", "warm")}
+    for key, allowed in choices.items():
+        if settings[key] is not None and settings[key] not in allowed:
+            raise invalid(key, settings[key], f"one of {', '.join(allowed)}", f"{key}={allowed[0]}")
+    if not settings["runs"].isdigit() or int(settings["runs"]) < 3:
+        raise invalid("runs", settings["runs"], "a whole number >= 3, for an interval", "runs=30")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise invalid("device", device, "a device that is here", "device=cpu")
+
+
+def _default_arms(case, device: str) -> list[str]:
+    """Every kernel that can, and the peers that need no installation."""
+    from natrain.bench.arms import KernelArm
+    from natrain.bench.peers import PEERS
+    from natrain.ops.registry import list_kernels
+
+    kernels = [name for name in list_kernels() if not KernelArm(name).reasons(case, device)]
+    return kernels + [name for name in ("flex", "sdpa") if not PEERS[name].reasons(case, device)]
