@@ -1,16 +1,16 @@
 """How a tensor-core kernel of csrc/fused covers a problem: row tile, block, stages of shared memory. Pure functions.
 
-The words (row, column, box, line, halo, chunk, step) and every constant are explained in csrc/fused/geometry.cuh. The same
-plan serves kernels whose rows are queries (forward, the gradient of q) and whose rows are keys (gradients of k and v):
-``Demands`` says what a kernel keeps in shared memory and registers. A plan is made in three steps: candidates, what is
-legal, and a model of cost.
+The words (row, column, box, line, halo, chunk, step) and every constant are explained in csrc/fused/geometry.cuh. The
+same plan serves kernels whose rows are queries (forward, the gradient of q) and whose rows are keys (gradients of k and
+v): ``Demands`` says what a kernel keeps in shared memory and registers. A plan is made in three steps: candidates, what
+is legal, and a model of cost.
 
 Shared memory of a block, from its start: ``stages`` times the columns of a chunk (one matrix of rows a dim of
 ``Demands.columns``, one after the other, then ``column_bytes`` a token, in all padded to 128 bytes), ``stages`` times a
 buffer of ``Demands.row_buffer`` bytes a warp, the table of start values (csrc/fused/start.cuh).
 
-The launch: ``plan.grid`` blocks of ``plan.threads`` threads with ``plan.shared_bytes``; every argument struct begins with
-``struct Geometry``, which ``plan.geometry`` packs.
+The launch: ``plan.grid`` blocks of ``plan.threads`` threads with ``plan.shared_bytes``; every argument struct begins
+with ``struct Geometry``, which ``plan.geometry`` packs.
 """
 
 from __future__ import annotations
@@ -266,8 +266,12 @@ def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
 def _warp_boxes(space: Space, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
     most = [-(-axis.group_lengths[0] // tile) for axis, tile in zip(space.axes, row_tile, strict=True)]
     for warps in itertools.product(*(range(1, min(m, _MOST_WARPS) + 1) for m in most)):
-        if 2 <= math.prod(warps) <= _MOST_WARPS or warps == (1, 1, 1) == tuple(min(m, 1) for m in most):
+        if math.prod(warps) <= _MOST_WARPS:
             yield warps
+    # Long rows of D take more than one warp to fetch, even if it has no tile of its own.
+    if max(most) == 1:
+        yield 1, 1, 2
+        yield 1, 1, 4
 
 
 def _boxes(space: Space, demands: Demands, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
@@ -300,20 +304,35 @@ def _staged(space, demands, device, row_tile, box, warps) -> Iterator[Plan]:
     groups = math.prod(box) // 16
     if groups <= demands.most_groups and lines <= 32 and has_table:
         yield from _finished(space, demands, device, row_tile, warps, box, tuple(halo), box, True, False, True, offsets)
-    if box[2] == 8 and not has_table:
+    # In chunks, with an online softmax from step to step; fewer columns a step where shared memory holds no more.
+    for step_groups in (4, 2, 1):
+        if step_groups > demands.most_groups:
+            continue
+        in_lines = list(_in_lines(space, demands, device, row_tile, warps, box, halo, step_groups, has_table, offsets))
+        yield from in_lines
+        if in_lines:
+            return
+        if box[2] % 16 == 0:
+            chunk = (1, 1, 16 * step_groups)
+            in_columns = list(
+                _finished(space, demands, device, row_tile, warps, box, chunk, chunk, False, True, False, offsets)
+            )
+            yield from in_columns
+            if in_columns:
+                return
+
+
+def _in_lines(space, demands, device, row_tile, warps, box, halo, step_groups, has_table, offsets) -> Iterator[Plan]:
+    """Chunks of whole lines of the halo."""
+    columns = 16 * step_groups
+    if box[2] > columns or (box[2] == 8 and not has_table):
         return
-    # In chunks, with an online softmax from step to step.
-    step_groups = min(4, demands.most_groups)
     per_token = sum(row_pitch(dim, space.itemsize) for dim in demands.columns) + demands.column_bytes
-    if box[2] > 16 * step_groups:
-        columns = 16 * step_groups
-        chunk = step = (1, 1, columns)
-        yield from _finished(space, demands, device, row_tile, warps, box, chunk, step, False, True, False, offsets)
-        return
-    step = (1, min(16 * step_groups // box[2], _ceil(box[1], 2 if box[2] == 8 else 1)), box[2])
+    lines = min(columns // box[2], _ceil(box[1], 2 if box[2] == 8 else 1))
+    step = (1, lines, box[2])
     for steps in range(1, 9):
-        chunk = (1, step[1] * steps, halo[2])
-        if steps > 1 and (math.prod(chunk) * per_token > _CHUNK_BYTES or chunk[1] >= halo[1] + step[1]):
+        chunk = (1, lines * steps, halo[2])
+        if steps > 1 and (math.prod(chunk) * per_token > _CHUNK_BYTES or chunk[1] >= halo[1] + lines):
             break
         yield from _finished(
             space, demands, device, row_tile, warps, box, chunk, step, False, False, has_table, offsets
@@ -371,8 +390,8 @@ def _finished(
         splits, rounds = _splits(space.batch, combinations, device.multiprocessors * min_blocks)
         cost = rounds * cycles * min_blocks
         yield Plan(
-            row_tile, warps, box, chunk, step, resident, chunked_x, has_table, stages, min_blocks, shared, tiles, splits,
-            combinations * splits, demands.rows_are_keys, cost,
+            row_tile, warps, box, chunk, step, resident, chunked_x, has_table, stages, min_blocks, shared, tiles,
+            splits, combinations * splits, demands.rows_are_keys, cost,
         )  # fmt: skip
 
 
