@@ -5,7 +5,7 @@
 // slabs' tiles that see its keys. Every sum's order is fixed by the problem, so no result depends on the threads.
 #pragma once
 
-#include "forward.h"
+#include "dense_backward.h"
 
 namespace natrain {
 
@@ -60,7 +60,7 @@ inline void add_bias_gradient(const Plan& plan, const Tile& tile, const LaneWind
 }
 
 template <class E, bool PAIRED>
-inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
+inline void backward_unit(const Plan& plan, const Unit& unit, const Real* head_bias, Scratch& scratch) {
   const Arguments& a = plan.a;
   const int cut = a.slab_axis;
   if (unit.is_empty(cut)) return;
@@ -143,10 +143,10 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
       }
       const Real* q = rows + int64_t(before + from) * lanes;
       const Real* d_out = d_outs + int64_t(before + from) * lanes;
-      score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, scores,
-                    tile.lanes);
+      score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, nullptr,
+                    scores, tile.lanes);
       score<PAIRED>(count, d_out, lanes, box.dims, values_t + shift, tile_rows.columns, box.column_pitch, vectors,
-                    products, tile.lanes);
+                    nullptr, products, tile.lanes);
       for (int i = 0; i < count; ++i) {
         const auto [z, y, x] = at[i];
         const LaneWindow window = tile.window(unit, at[i]);
@@ -160,7 +160,7 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
         const Real d_lse =
             a.d_lse.data ? static_cast<const Real*>(a.d_lse.data)[unit.offset(a, a.d_lse, z, y, x)] : Real(0);
         const int64_t score_at = int64_t(i) * tile.lanes;
-        softmax_backward<PAIRED>(plan, tile, window, table, a.rpb ? scratch.bias.data() + origin : nullptr,
+        softmax_backward<PAIRED>(plan, tile, window, table, a.rpb ? head_bias + origin : nullptr,
                                  a.has_dropout ? &dropout : nullptr, lse, d_lse, scores + score_at,
                                  products + score_at, dropped + score_at);
         if (a.d_rpb && is_own) {
@@ -182,41 +182,64 @@ inline void backward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) 
   ring.leave_until(box.end[ring.axis()]);
 }
 
-template <class E, bool PAIRED>
-inline void backward(const Plan& plan) {
+// Runs unit(Unit, the next Unit, bias of its head, Scratch) on all of them and sums their bias gradients; `table` says how
+// a head's bias is laid out, there and here.
+template <class Table, class F>
+inline void backward_units(const Plan& plan, const Table& table, F&& unit) {
   const Arguments& a = plan.a;
   // Each task sums the bias gradient over its own units; how many there are depends on the problem alone.
   constexpr int64_t enough_tasks = 64;
   const int64_t units = plan.units_per_head();
   const int64_t parts = std::min(units, (enough_tasks + a.heads - 1) / a.heads);
   const int64_t tasks = parts * a.heads;
-  const BiasTable table(plan);
   const int64_t entries = int64_t(plan.rpb_rows[0]) * plan.rpb_rows[1] * plan.rpb_rows[2];
   std::vector<Real> partial(a.d_rpb ? tasks * entries : 0);
+  Failure failure;
 #pragma omp parallel num_threads(int(std::min<int64_t>(a.threads, tasks)))
   {
     Scratch scratch;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) {
-      const int head = task % a.heads;
-      const int64_t part = task / a.heads;
-      if (a.rpb) table.read(plan, head, scratch.bias.reserve(table.count()));
-      if (a.d_rpb) {
-        Real* d_bias = scratch.d_bias.reserve(table.count());
-        std::fill(d_bias, d_bias + table.count(), Real(0));
-      }
-      for (int64_t unit = units * part / parts; unit < units * (part + 1) / parts; ++unit) {
-        backward_unit<E, PAIRED>(plan, Unit(plan, unit, head), scratch);
-      }
-      if (a.d_rpb) table.add(plan, scratch.d_bias.data(), partial.data() + task * entries);
+      failure.guard([&] {
+        const int head = task % a.heads;
+        const int64_t part = task / a.heads;
+        const int64_t end = units * (part + 1) / parts;
+        if (a.rpb) table.read(plan, head, scratch.bias.reserve(table.count()));
+        if (a.d_rpb) {
+          Real* d_bias = scratch.d_bias.reserve(table.count());
+          std::fill(d_bias, d_bias + table.count(), Real(0));
+        }
+        for (int64_t index = units * part / parts; index < end; ++index) {
+          const int64_t next = std::min(index + 1, end - 1);
+          unit(Unit(plan, index, head), Unit(plan, next, head), a.rpb ? scratch.bias.data() : nullptr, scratch);
+        }
+        if (a.d_rpb) table.add(plan, scratch.d_bias.data(), partial.data() + task * entries);
+      });
     }
   }
+  failure.raise();
   if (!a.d_rpb) return;
   for (int64_t i = 0; i < a.heads * entries; ++i) a.d_rpb[i] = 0;
   for (int64_t task = 0; task < tasks; ++task) {
     Real* to = a.d_rpb + task % a.heads * entries;
     for (int64_t i = 0; i < entries; ++i) to[i] += partial[task * entries + i];
   }
+}
+
+template <class E, bool PAIRED>
+inline void backward(const Plan& plan) {
+  backward_units(plan, BiasTable(plan), [&](const Unit& unit, const Unit&, const Real* bias, Scratch& scratch) {
+    backward_unit<E, PAIRED>(plan, unit, bias, scratch);
+  });
+}
+
+template <class E>
+inline void dense_backward(const Plan& plan) {
+  const DensePlan dense(plan);
+  const DenseTokens tokens(dense);
+  backward_units(plan, dense, [&](const Unit& unit, const Unit& next, const Real* bias, Scratch& scratch) {
+    dense_backward_unit<E>(dense, tokens, unit, next, bias, scratch);
+  });
 }
 
 }  // namespace natrain

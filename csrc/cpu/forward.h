@@ -1,7 +1,7 @@
 // out and lse: per block of queries, scores of the whole tile, softmax, weighted sum. Nothing outlives the block.
 #pragma once
 
-#include "unit.h"
+#include "dense_forward.h"
 
 namespace natrain {
 
@@ -34,7 +34,7 @@ inline void softmax(const Plan& plan, const Tile& tile, const LaneWindow& w, con
 }
 
 template <class E, bool PAIRED>
-inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
+inline void forward_unit(const Plan& plan, const Unit& unit, const Real* head_bias, Scratch& scratch) {
   const Arguments& a = plan.a;
   if (unit.is_empty(a.slab_axis)) return;
   int first[3], end[3];
@@ -82,11 +82,11 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
         prefetch_row_to_write(static_cast<E*>(a.out.data) + out_at, box.dims);
       }
       const Real* q = rows + int64_t(before + from) * lanes;
-      score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, scores,
-                    tile.lanes);
+      score<PAIRED>(count, q, lanes, box.dims, keys_t + shift, tile_rows.columns, box.column_pitch, vectors, nullptr,
+                    scores, tile.lanes);
       Real sum[QUERY_BLOCK], most[QUERY_BLOCK];
       for (int i = 0; i < count; ++i) {
-        const Real* bias = a.rpb ? scratch.bias.data() + table.origin(plan, tile, at[i]) : nullptr;
+        const Real* bias = a.rpb ? head_bias + table.origin(plan, tile, at[i]) : nullptr;
         const int64_t row = (int64_t(unit.image) * a.heads + unit.head) * a.length[0] * a.length[1] * a.length[2] +
                             unit.token(a, at[i][0], at[i][1], at[i][2]);
         const DropoutRow dropout(a.seed, row);
@@ -97,36 +97,54 @@ inline void forward_unit(const Plan& plan, const Unit& unit, Scratch& scratch) {
       for (int i = 0; i < count; ++i) {
         const int64_t out_at = unit.offset(a, a.out, at[i][0], at[i][1], at[i][2]);
         write_row(static_cast<E*>(a.out.data) + out_at, box.dims, Real(a.keep_scale) / sum[i], out + i * lanes);
-        // An infinite score makes the probabilities NaN, but the sum of exponentials is infinite.
-        const bool is_infinite = most[i] == std::numeric_limits<Real>::infinity();
-        Real* lse = static_cast<Real*>(a.lse.data) + unit.offset(a, a.lse, at[i][0], at[i][1], at[i][2]);
-        *lse = is_infinite ? most[i] : most[i] + std::log(sum[i]);
+        static_cast<Real*>(a.lse.data)[unit.offset(a, a.lse, at[i][0], at[i][1], at[i][2])] = log_sum(sum[i], most[i]);
       }
     }
   });
 }
 
-template <class E, bool PAIRED>
-inline void forward(const Plan& plan) {
+// Runs unit(Unit, the next Unit, bias of its head, Scratch) on all of them; `table` says how a head's bias is laid out.
+template <class Table, class F>
+inline void forward_units(const Plan& plan, const Table& table, F&& unit) {
   const Arguments& a = plan.a;
   const int64_t units = plan.units_per_head() * a.heads;
-#pragma omp parallel num_threads(int(std::min<int64_t>(a.threads, units)))
+  const int threads = int(std::min<int64_t>(a.threads, units));
+  // Heads innermost, and several to a thread: they are neighbours in memory.
+  const int64_t run = std::max<int64_t>(1, std::min(a.heads, units / (8 * threads)));
+  const auto make = [&](int64_t index) { return Unit(plan, index / a.heads, index % a.heads); };
+  Failure failure;
+  Buffer<Real> bias;
+  if (a.rpb) bias.reserve(a.heads * table.count());
+#pragma omp parallel num_threads(threads)
   {
     Scratch scratch;
-    int bias_head = -1;
-#pragma omp for schedule(dynamic, 1)
+    if (a.rpb) {
+#pragma omp for
+      for (int64_t head = 0; head < a.heads; ++head) table.read(plan, head, bias.data() + head * table.count());
+    }
+#pragma omp for schedule(dynamic, run)
     for (int64_t index = 0; index < units; ++index) {
-      // Heads innermost: they are neighbours in memory.
-      const int head = index % a.heads;
-      const Unit unit(plan, index / a.heads, head);
-      if (a.rpb && head != bias_head) {
-        const BiasTable table(plan);
-        table.read(plan, head, scratch.bias.reserve(table.count()));
-        bias_head = head;
-      }
-      forward_unit<E, PAIRED>(plan, unit, scratch);
+      const Real* head_bias = a.rpb ? bias.data() + index % a.heads * table.count() : nullptr;
+      failure.guard([&] { unit(make(index), make(std::min(index + 1, units - 1)), head_bias, scratch); });
     }
   }
+  failure.raise();
+}
+
+template <class E, bool PAIRED>
+inline void forward(const Plan& plan) {
+  forward_units(plan, BiasTable(plan), [&](const Unit& unit, const Unit&, const Real* bias, Scratch& scratch) {
+    forward_unit<E, PAIRED>(plan, unit, bias, scratch);
+  });
+}
+
+template <class E>
+inline void dense_forward(const Plan& plan) {
+  const DensePlan dense(plan);
+  const DenseTokens tokens(dense);
+  forward_units(plan, dense, [&](const Unit& unit, const Unit& next, const Real* bias, Scratch& scratch) {
+    dense_forward_unit<E>(dense, tokens, unit, next, bias, scratch);
+  });
 }
 
 }  // namespace natrain

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 #include <vector>
 
 #include "dropout.h"
@@ -127,10 +126,11 @@ inline TileShape choose_shape(const Arguments& a, const AxisPlan (&axes)[3]) {
 struct Plan {
   const Arguments& a;
   AxisPlan axes[3][2];  // [axis][1 for the groups that are one token shorter]
+  bool is_dense;    // see dense.h; else
   TileShape shape;
   int dim_lanes;    // head_dim in whole vectors
   int groups;
-  int slabs;
+  int slabs = 1;
   int rpb_rows[3];  // 2k - 1
 
   explicit Plan(const Arguments& arguments) : a(arguments) {
@@ -141,13 +141,26 @@ struct Plan {
       axes[axis][0] = make_axis(a, axis, 0);
       axes[axis][1] = make_axis(a, axis, a.dilation[axis] - 1);
     }
+    dim_lanes = round_up(a.head_dim, LANES);
+    is_dense = has_full_windows();
+    if (is_dense) return;
     const AxisPlan longest[3] = {axes[0][0], axes[1][0], axes[2][0]};
     shape = choose_shape(a, longest);
     for (int axis = 0; axis < 3; ++axis) {
       for (AxisPlan& plan : axes[axis]) plan.tiles = make_tiles(plan, shape.most_keys[axis]);
     }
-    dim_lanes = round_up(a.head_dim, LANES);
     slabs = count_slabs();
+  }
+
+  // Whether every window is its whole dilation group, and that small enough to be no tiles but one matrix.
+  bool has_full_windows() const {
+    constexpr int64_t most_keys = 128;
+    int64_t keys = 1;
+    for (const auto& [longest, shortest] : axes) {
+      if (longest.n != shortest.n || longest.start.back() > 0 || longest.end.front() < longest.n) return false;
+      keys *= longest.n;
+    }
+    return keys <= most_keys;
   }
 
   const AxisPlan& axis(int axis, int group) const {

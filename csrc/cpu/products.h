@@ -19,13 +19,20 @@ inline void with_count(int count, F&& f) {
 }
 
 // scores[Q][lanes] = rows[Q][D] . keys, where vector v of component d lies at transposed + columns[v] + d * pitch; in pairs
-// its halves are those of columns[2 v] and columns[2 v + 1].
+// its halves are those of columns[2 v] and columns[2 v + 1]. `bias`, null or as large as scores, is added.
 template <int Q, int KEYS, bool PAIRED>
 inline void score_vectors(const Real* rows, int row_pitch, int dims, const Real* transposed, const int64_t* columns,
-                          int64_t pitch, Real* scores, int score_pitch) {
+                          int64_t pitch, const Real* bias, Real* scores, int score_pitch) {
   const Real* column[PAIRED ? 2 * KEYS : KEYS];
   for (int v = 0; v < (PAIRED ? 2 * KEYS : KEYS); ++v) column[v] = transposed + columns[v];
   Vector sum[Q][KEYS] = {};
+  if (bias) {
+#pragma GCC unroll 6
+    for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 4
+      for (int v = 0; v < KEYS; ++v) sum[q][v] = load(bias + q * score_pitch + v * LANES);
+    }
+  }
   for (int d = 0; d < dims; ++d) {
     const int64_t at = d * pitch;
     Vector key[KEYS];
@@ -49,12 +56,13 @@ inline void score_vectors(const Real* rows, int row_pitch, int dims, const Real*
 
 template <bool PAIRED>
 inline void score(int queries, const Real* rows, int row_pitch, int dims, const Real* transposed,
-                  const int64_t* columns, int64_t pitch, int vectors, Real* scores, int score_pitch) {
+                  const int64_t* columns, int64_t pitch, int vectors, const Real* bias, Real* scores,
+                  int score_pitch) {
   with_count<QUERY_BLOCK>(queries, [&](auto q) {
     int v = 0;
     const auto step = [&](auto keys) {
       score_vectors<q(), keys(), PAIRED>(rows, row_pitch, dims, transposed, columns + (PAIRED ? 2 : 1) * v, pitch,
-                                         scores + v * LANES, score_pitch);
+                                         bias ? bias + v * LANES : nullptr, scores + v * LANES, score_pitch);
       v += keys();
     };
     while (v + KEY_VECTORS <= vectors) step(std::integral_constant<int, KEY_VECTORS>());
@@ -62,10 +70,10 @@ inline void score(int queries, const Real* rows, int row_pitch, int dims, const 
   });
 }
 
-// The keys of a tile: `count` rows of `width` adjacent keys; key x of row r is lane lane[r] + x of the scores and starts at
-// first[r] + x * pitch in the packed keys, values, or their gradients.
+// The keys of a tile: `count` rows of `width` adjacent keys; key x of row r is lane lane[r] + x * step of the scores and
+// starts at first[r] + x * pitch in the packed keys, values, or their gradients. `step` is 1 but in sums over queries.
 struct KeyRows {
-  int count, width, pitch;
+  int count, width, pitch, step;
   const int* lane;
   const int64_t* first;
 };
@@ -77,13 +85,13 @@ inline void weigh_vectors(const Real* weights, int weight_pitch, const KeyRows& 
   for (int r = 0; r < keys.count; ++r) {
     const Real* row = packed + keys.first[r];
     const Real* weight = weights + keys.lane[r];
-    for (int x = 0; x < keys.width; ++x, row += keys.pitch) {
+    for (int x = 0; x < keys.width; ++x, row += keys.pitch, weight += keys.step) {
       Vector value[DIMS];
 #pragma GCC unroll 2
       for (int v = 0; v < DIMS; ++v) value[v] = load(row + v * LANES);
 #pragma GCC unroll 6
       for (int q = 0; q < Q; ++q) {
-        const Vector w = broadcast(weight[q * weight_pitch + x]);
+        const Vector w = broadcast(weight[q * weight_pitch]);
 #pragma GCC unroll 2
         for (int v = 0; v < DIMS; ++v) sum[q][v] += w * value[v];
       }

@@ -4,34 +4,11 @@
 #include <cmath>
 #include <limits>
 
+#include "memory.h"
 #include "problem.h"
 #include "products.h"
 
 namespace natrain {
-
-// Memory of one thread, aligned, that grows to the largest unit and is used again by the next.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  Buffer(const Buffer&) = delete;
-  ~Buffer() { std::free(data_); }
-
-  T* reserve(int64_t count) {
-    if (count > capacity_) {
-      std::free(data_);
-      data_ = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
-      if (!data_) std::abort();
-      capacity_ = count;
-    }
-    return data_;
-  }
-  T* data() const { return data_; }
-
- private:
-  T* data_ = nullptr;
-  int64_t capacity_ = 0;
-};
 
 // Where the keys [first, end) per axis lie in packed buffers. Rows run along x. Along the axis that a unit walks, z or y,
 // only as many positions are kept as the tiles at one position see: the buffers are rings that stay in the second-level
@@ -64,6 +41,24 @@ struct PackedBox {
   int64_t transposed(int row) const { return int64_t(row) * dims * column_pitch; }
 };
 
+// LANES rows of head_dim components become columns. A short block transposes what follows it too, into columns that nobody
+// uses.
+inline void transpose_block(const Real* from, int lanes, int dims, Real* to, int64_t pitch) {
+  for (int d = 0; d < lanes; d += LANES) {
+    Vector rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) rows[i] = load(from + i * lanes + d);
+    transpose(rows);
+    Real* out = to + d * pitch;
+    if (d + LANES <= dims) {
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) store(out + i * pitch, rows[i]);
+    } else {
+      for (int i = 0; i < dims - d; ++i) store(out + i * pitch, rows[i]);
+    }
+  }
+}
+
 // Copies the keys of row (z, y) into `natural` [x][D] and / or `transposed` [D][x] and says whether they are finite:
 // 0 * inf would carry what is not to queries that do not attend to it. `block` has room for LANES keys.
 template <class E>
@@ -82,20 +77,7 @@ inline bool pack_row(const Plan& plan, const Unit& unit, const PackedBox& box, c
       for (int d = 0; d < lanes; d += LANES) check += load(to + i * lanes + d) * Real(0);
     }
     if (!transposed) continue;
-    for (int d = 0; d < lanes; d += LANES) {
-      // A short block transposes what follows it too, into columns that nobody uses.
-      Vector rows[LANES];
-#pragma GCC unroll 16
-      for (int i = 0; i < LANES; ++i) rows[i] = load(to + i * lanes + d);
-      transpose(rows);
-      Real* out = transposed + d * box.column_pitch + x;
-      if (d + LANES <= dims) {
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; ++i) store(out + i * box.column_pitch, rows[i]);
-      } else {
-        for (int i = 0; i < dims - d; ++i) store(out + i * box.column_pitch, rows[i]);
-      }
-    }
+    transpose_block(to, lanes, dims, transposed + x, box.column_pitch);
   }
   return sum_lanes(check) == 0;
 }
@@ -237,6 +219,11 @@ struct Scratch {
   Buffer<int> row_lane;
 };
 
+// The log of the sum of exp(scores). An infinite score makes the probabilities NaN, but this infinite.
+inline Real log_sum(Real sum, Real most) {
+  return most == std::numeric_limits<Real>::infinity() ? most : most + std::log(sum);
+}
+
 // Where the keys of a tile's rows lie, for tiles at x = box.first: elsewhere everything moves by a constant.
 struct TileRows {
   const int64_t* columns;  // in transposed buffers, of every vector of the scores (in pairs: of every half)
@@ -250,7 +237,7 @@ struct TileRows {
     int64_t* first = scratch.row_first.reserve(count);
     int* lane = scratch.row_lane.reserve(count);
     columns = column;
-    keys = {count, 0, box.dim_lanes, lane, first};
+    keys = {count, 0, box.dim_lanes, 1, lane, first};
     for (int kz = 0; kz < z.keys(); ++kz) {
       for (int ky = 0; ky < tile.rows_y; ++ky) {
         const int row = box.row(z.key + kz, std::min(y.key + ky, y.key_end - 1));

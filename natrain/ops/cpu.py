@@ -25,9 +25,11 @@ logger = logging.getLogger(__name__)
 # Codes of csrc/cpu/problem.h.
 _ELEMENTS = {torch.float32: 0, torch.float64: 0, torch.bfloat16: 1, torch.float16: 2}
 _REALS = {torch.float32: "float", torch.float64: "double"}
-# Mirrors struct Arguments there; every member has 8 bytes.
-_SIZES, _OPTIONS, _TENSOR = "3q15q", "3q2d3q2Q", "Q5q"
-_NO_TENSOR = (0,) * 6
+# Mirror struct Arguments there; every member has 8 bytes.
+_SIZES = struct.Struct("3q15q2q")
+_OPTIONS = struct.Struct("q2d3q2Q")
+_TENSOR = struct.Struct("Q5q")
+_NO_TENSOR = bytes(_TENSOR.size)
 
 
 @functools.lru_cache
@@ -64,12 +66,24 @@ def _three(values: Sequence[int], missing: int) -> tuple[int, ...]:
     return (missing,) * (3 - len(values)) + tuple(int(value) for value in values)
 
 
-def _tensor(x: Tensor | None, na_dim: int) -> tuple[int, ...]:
+@functools.lru_cache(maxsize=1024)
+def _sizes(problem: Problem) -> bytes:
+    """The members of struct Arguments that a problem decides."""
+    window = problem.window
+    return _SIZES.pack(
+        problem.batch, problem.heads, problem.head_dim,
+        *_three(problem.spatial, 1), *_three(window.kernel_size, 1), *_three(window.dilation, 1),
+        *_three(window.stride, 1), *_three(window.is_causal, 0),
+        3 - window.na_dim, _ELEMENTS[problem.dtype],
+    )  # fmt: skip
+
+
+def _tensor(x: Tensor | None, na_dim: int) -> bytes:
     """struct TensorArgument of [B, *S, N, ...]."""
     if x is None:
         return _NO_TENSOR
-    strides = x.stride()
-    return x.data_ptr(), strides[0], *_three(strides[1 : 1 + na_dim], 0), strides[1 + na_dim]
+    batch, *token = x.stride()[: na_dim + 1]
+    return _TENSOR.pack(x.data_ptr(), batch, *(0,) * (3 - na_dim), *token, x.stride(na_dim + 1))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -87,19 +101,15 @@ def _run(
     scale: float,
     dropout_p: float,
 ) -> None:
-    window, na_dim = problem.window, problem.window.na_dim
-    fields = [
-        problem.batch, problem.heads, problem.head_dim,
-        *_three(problem.spatial, 1), *_three(window.kernel_size, 1), *_three(window.dilation, 1),
-        *_three(window.stride, 1), *_three(window.is_causal, 0),
-        3 - na_dim, _ELEMENTS[problem.dtype], torch.get_num_threads(),
-        scale, 1 / (1 - dropout_p),
+    na_dim = problem.window.na_dim
+    options = _OPTIONS.pack(
+        torch.get_num_threads(), scale, 1 / (1 - dropout_p),
         seed is not None, drop_threshold(dropout_p), 0 if seed is None else seed.item(),
         0 if rpb is None else rpb.data_ptr(), 0 if d_rpb is None else d_rpb.data_ptr(),
-    ]  # fmt: skip
-    for x in tensors:
-        fields += _tensor(x, na_dim)
-    getattr(_library(problem.dtype), entry)(struct.pack(_SIZES + _OPTIONS + _TENSOR * len(tensors), *fields))
+    )  # fmt: skip
+    arguments = b"".join((_sizes(problem), options, *[_tensor(x, na_dim) for x in tensors]))
+    if not getattr(_library(problem.dtype), entry)(arguments):
+        raise MemoryError(f"no memory for the cpu kernel's scratch: {problem}. Try: fewer threads, or shorter axes")
 
 
 class CpuKernel(FusedKernel):

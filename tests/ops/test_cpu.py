@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -24,6 +26,10 @@ SLABBED = Case(1, (90, 9), 1, 8, (7, 3), (1, 1), (1, 1), (False, False), True)
 LONG = Case(1, (90,), 2, 8, (37,), (1,), (1,), (False,), True)
 SEQUENCE = Case(1, (500,), 1, 16, (9,), (2,), (1,), (False,), True)
 VOLUME = Case(1, (40, 5, 6), 1, 8, (3, 3, 3), (1, 1, 2), (2, 1, 1), (True, False, False), True)
+# Every window is its whole dilation group; with stride or causal along axes where that changes nothing.
+DENSE = Case(2, (14, 6), 3, 20, (7, 3), (2, 2), (1, 1), (False, False), True)
+DENSE_VOLUME = Case(1, (4, 3, 8), 2, 24, (2, 3, 4), (2, 1, 2), (2, 1, 3), (False, False, False), True)
+DENSE_SEQUENCE = Case(1, (320,), 2, 8, (32,), (10,), (1,), (False,), False)
 
 
 @pytest.fixture
@@ -53,7 +59,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return ((got.double() - expected).abs().max() / expected.abs().max()).item()
 
 
-@pytest.mark.parametrize("case", [*grid(60), SLABBED, LONG, SEQUENCE, VOLUME], ids=str)
+@pytest.mark.parametrize(
+    "case", [*grid(60), SLABBED, LONG, SEQUENCE, VOLUME, DENSE, DENSE_VOLUME, DENSE_SEQUENCE], ids=str
+)
 def test_forward_and_every_gradient(case):
     for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 5e-6)):
         for name, got, expected in zip(OUTPUTS, solve(case, "cpu", dtype), truth(case), strict=False):
@@ -61,7 +69,7 @@ def test_forward_and_every_gradient(case):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", [*CHOSEN[7:12], *grid(8)[-8:]], ids=str)
+@pytest.mark.parametrize("case", [*CHOSEN[7:12], *grid(8)[-8:], DENSE], ids=str)
 def test_error_is_within_twice_the_references_in_the_same_dtype(case, dtype):
     """bf16 and fp16 accumulate in float32, so that only inputs, rpb and results round."""
     expected = truth(case)
@@ -77,7 +85,7 @@ def test_error_is_within_twice_the_references_in_the_same_dtype(case, dtype):
 def test_every_instruction_set(level, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_library", lambda dtype: host.load(cpu.build_spec(dtype, level)))
     tolerance = {torch.float32: 5e-6, torch.float64: 1e-13, torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype]
-    for case in (CHOSEN[8], CHOSEN[13], CHOSEN[18], LONG, SEQUENCE):
+    for case in (CHOSEN[8], CHOSEN[13], CHOSEN[18], LONG, SEQUENCE, DENSE):
         for name, got, expected in zip(OUTPUTS, solve(case, "cpu", dtype), truth(case), strict=False):
             assert relative_error(got, expected) <= tolerance, (case, name)
 
@@ -107,7 +115,7 @@ def test_packed_and_strided_inputs_are_read_in_place(dtype):
     assert torch.equal(d_qkv, torch.stack(expected, dim=-3))
 
 
-@pytest.mark.parametrize("case", [CHOSEN[4], CHOSEN[10], CHOSEN[13], CHOSEN[18], VOLUME], ids=str)
+@pytest.mark.parametrize("case", [CHOSEN[4], CHOSEN[10], CHOSEN[13], CHOSEN[18], VOLUME, DENSE_VOLUME], ids=str)
 def test_dropout_draws_the_references_mask(case):
     results = []
     for kernel in ("cpu", "reference"):
@@ -118,7 +126,7 @@ def test_dropout_draws_the_references_mask(case):
     assert relative_error(results[0][0], truth(case)[0]) > 1e-3
 
 
-@pytest.mark.parametrize("case", [CHOSEN[9], CHOSEN[13], SLABBED, SEQUENCE, VOLUME], ids=str)
+@pytest.mark.parametrize("case", [CHOSEN[9], CHOSEN[13], SLABBED, SEQUENCE, VOLUME, DENSE], ids=str)
 def test_results_do_not_depend_on_the_threads(case, threads):
     results = []
     for count in (1, 2, 7):
@@ -130,7 +138,7 @@ def test_results_do_not_depend_on_the_threads(case, threads):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", range(4), ids=["q", "k", "v", "d_out"])
-@pytest.mark.parametrize("case", [CHOSEN[10], CHOSEN[13], CHOSEN[17], SLABBED, SEQUENCE], ids=str)
+@pytest.mark.parametrize("case", [CHOSEN[10], CHOSEN[13], CHOSEN[17], SLABBED, SEQUENCE, DENSE], ids=str)
 def test_what_is_not_finite_stays_inside_its_windows(case, which, bad):
     """Exactly the elements that are finite in the reference are finite here, and those are right."""
     results = []
@@ -176,6 +184,31 @@ assert grown_bytes < attention_bytes / 3, (grown_bytes, attention_bytes)
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_scratch_memory_that_runs_out_raises():
+    """Rows of one component are padded to whole vectors: scratch is many times the size of the tensors."""
+    code = """
+import resource, torch, natrain
+torch.set_num_threads(2)
+small, large = torch.randn(1, 16, 16, 1, 1), torch.randn(1, 1400, 1400, 1, 1)
+expected = natrain.na2d(small, small, small, 5, kernel="cpu")
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+used_bytes = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used_bytes + (100 << 20), hard))
+for _ in range(2):
+    try:
+        natrain.na2d(large, large, large, 1399, kernel="cpu")
+    except MemoryError as error:
+        assert "1400x1400" in str(error) and "fewer threads" in str(error), error
+    else:
+        raise AssertionError("no error")
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+assert torch.equal(natrain.na2d(small, small, small, 5, kernel="cpu"), expected)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_auto_prefers_it_and_falls_back_with_one_sentence(monkeypatch, caplog, tmp_path):
     q = torch.randn(1, 8, 8, 2, 8)
     assert natrain.explain(q, q, q, kernel_size=3).chosen == "cpu"
@@ -191,23 +224,42 @@ def test_auto_prefers_it_and_falls_back_with_one_sentence(monkeypatch, caplog, t
     assert "install a C++ compiler" in " ".join(explanation.reasons["cpu"])
 
 
+def compile_driver(program, compiler: str, flags: Sequence[str], real: str) -> subprocess.CompletedProcess:
+    """tests/ops/cpu_sanitize.cpp, forward and backward over a small grid."""
+    source = os.path.join(os.path.dirname(__file__), "cpu_sanitize.cpp")
+    includes = [f"-I{source_root() / 'cpu'}", f"-I{source_root() / 'include'}", f"-DNATRAIN_REAL={real}"]
+    command = [compiler, *flags, "-std=c++17", "-fopenmp", *includes, source, "-o", str(program)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("real", ["float", "double"])
 @pytest.mark.parametrize("level", levels())
 def test_sanitizers_find_nothing(real, level, tmp_path):
-    """AddressSanitizer and UndefinedBehaviorSanitizer over a small grid, forward and backward."""
+    """AddressSanitizer and UndefinedBehaviorSanitizer over a small grid, whose results are right."""
     program = tmp_path / "sanitize"
-    source = os.path.join(os.path.dirname(__file__), "cpu_sanitize.cpp")
-    flags = ["-g", "-O1", "-std=c++17", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    includes = [f"-I{source_root() / 'cpu'}", f"-I{source_root() / 'include'}", f"-DNATRAIN_REAL={real}"]
-    command = [host.find_compiler(), *host.LEVELS[level], *flags, *includes, source, "-o", str(program)]
-    compiled = subprocess.run(command, capture_output=True, text=True)
+    flags = [*host.LEVELS[level], "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    compiled = compile_driver(program, host.find_compiler(), flags, real)
     if "cannot find" in compiled.stderr and "san" in compiled.stderr:
         pytest.skip("the compiler has no sanitizer libraries")
     assert compiled.returncode == 0, compiled.stderr
     # The OpenMP runtime keeps its threads for the next region; they are no leak of ours.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
     result = subprocess.run([str(program)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0 and result.stdout == "clean\n", result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_arm(real, tmp_path):
+    """The same grid in 64-bit Arm's instructions, by a cross compiler and an emulator of user programs."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not compiler or not emulator:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64 (apt install g++-aarch64-linux-gnu qemu-user)")
+    program = tmp_path / "arm"
+    compiled = compile_driver(program, compiler, ["-O2", "-static", "-Wall", "-Wextra", "-Werror"], real)
+    assert compiled.returncode == 0, compiled.stderr
+    result = subprocess.run([emulator, str(program)], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout == "clean\n", result.stdout + result.stderr
 
 
