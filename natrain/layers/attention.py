@@ -46,11 +46,17 @@ def check_rates(**rates: float) -> None:
             raise invalid(argument, rate, "a number in [0, 1)", f"{argument}=0.1")
 
 
+def _at_the_ends(pad: Sequence[int]) -> list[int]:
+    """``pad`` tokens behind each axis, as ``F.pad`` takes them: last axis first."""
+    return [n for count in reversed(pad) for n in (0, count)]
+
+
 class _NeighborhoodAttention(nn.Module):
     """Self-attention of each token to its neighbourhood (NAT, 2204.07143, section 3.1; DiNAT, 2209.15001, section 3.1).
 
-    Input and output ``[B, *spatial, dim]``. Parameters: ``qkv``, ``proj`` (linear) and ``rpb``
-    ``[num_heads, 2 * kernel_size - 1 per axis]`` where ``pos="rpb"``, named as in the published checkpoints.
+    Input and output ``[B, *spatial, dim]``; ``forward(x, key_mask)`` leaves masked keys out. Parameters: ``qkv``,
+    ``proj`` (linear) and ``rpb`` ``[num_heads, 2 * kernel_size - 1 per axis]`` where ``pos="rpb"``, named as in the
+    published checkpoints.
 
     Args:
         dim: channels C.
@@ -112,10 +118,16 @@ class _NeighborhoodAttention(nn.Module):
         if self.rpb is not None:
             trunc_normal_(self.rpb, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """``key_mask``: bool [B, *spatial], False where a token is padding of yours that nobody may attend to."""
         qkv, fit = self._project(x)
+        if key_mask is not None and any(fit.pad):
+            key_mask = F.pad(key_mask, _at_the_ends(fit.pad), value=True)
         options = dict(
-            **self._window_arguments(fit), dropout_p=self.attn_drop if self.training else 0.0, kernel=self.kernel
+            **self._window_arguments(fit),
+            key_mask=key_mask,
+            dropout_p=self.attn_drop if self.training else 0.0,
+            kernel=self.kernel,
         )
         if self.pos == "rope":
             out = self.attend(*self._rotated(qkv), **options).flatten(-2)
@@ -144,7 +156,7 @@ class _NeighborhoodAttention(nn.Module):
             raise invalid("x.shape", tuple(x.shape), f"[B, {self.na_dim} spatial axes, C]", "the layer of another rank")
         fit = fit_window(lengths, self.window, self.na_padding)
         if any(fit.pad):
-            x = F.pad(x, [0, 0] + [n for pad in reversed(fit.pad) for n in (0, pad)])
+            x = F.pad(x, [0, 0, *_at_the_ends(fit.pad)])
         return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)), fit
 
     def _rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,13 +49,15 @@ class TransformerBlock(nn.Module):
                 name, None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
             )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """``key_mask``: bool [B, *spatial] for ``attn``, which must be a neighborhood attention layer then."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(self._forward, x)
-        return self._forward(x)
+            return checkpoint(self._forward, x, key_mask)
+        return self._forward(x, key_mask)
 
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self._branch(self.attn(self.norm1(x)), self.gamma1)
+    def _forward(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        options = {} if key_mask is None else {"key_mask": key_mask}
+        x = x + self._branch(self.attn(self.norm1(x), **options), self.gamma1)
         return x + self._branch(self.mlp(self.norm2(x)), self.gamma2)
 
     def _branch(self, y: Tensor, gamma: Tensor | None) -> Tensor:

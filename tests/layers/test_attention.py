@@ -14,6 +14,7 @@ from natrain.layers import (
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
+    TransformerBlock,
 )
 
 LAYERS = {1: NeighborhoodAttention1d, 2: NeighborhoodAttention2d, 3: NeighborhoodAttention3d}
@@ -108,6 +109,21 @@ def test_scale_stride_and_causality_reach_the_operator() -> None:
     later = x.clone()
     later[:, 4:] += 1
     torch.testing.assert_close(causal(later)[:, :4], causal(x)[:, :4])
+
+
+@pytest.mark.parametrize("pos", ["rpb", "rope"])
+def test_masked_tokens_change_nothing_elsewhere(pos) -> None:
+    """Images of two sizes in one batch: what stands in the padding is seen by no token of an image."""
+    block = TransformerBlock(8, make(2, 8, 2, 3, (2, 1), pos=pos), 2.0, layer_scale=0.5).double()
+    mask = torch.ones(2, 8, 7, dtype=torch.bool)
+    mask[1, 5:] = mask[1, :, 6:] = False
+    x = torch.randn(2, 8, 7, 8, dtype=torch.float64)
+    other = torch.where(mask[..., None], x, 100 * torch.randn_like(x))
+    torch.testing.assert_close(block(other, mask)[mask], block(x, mask)[mask], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(block(other)[mask], block(x)[mask])
+    torch.testing.assert_close(block(x, torch.ones_like(mask)), block(x))
+    block.grad_checkpointing = True
+    torch.testing.assert_close(block(x.requires_grad_(), mask), block(x.detach(), mask))
 
 
 def test_blocked_attention_is_attention_inside_windows() -> None:

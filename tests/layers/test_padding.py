@@ -79,6 +79,20 @@ def test_natten014_pad_tokens_take_part_in_the_softmax() -> None:
         torch.testing.assert_close(layer(x), torch.full_like(x, (3 * 3 + 1) / 4))
 
 
+def test_pad_tokens_take_part_beside_a_key_mask() -> None:
+    """The mask is about the caller's tokens; those that the policy appends stay keys."""
+    layer = NeighborhoodAttention1d(4, 1, 4, na_padding="natten014").double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.proj.weight.copy_(torch.eye(4))
+        layer.qkv.weight[8:].copy_(torch.eye(4))
+        layer.qkv.bias[8:] = 1.0
+        x = torch.full((1, 3, 4), 2.0, dtype=torch.float64)
+        out = layer(x, torch.tensor([[True, False, True]]))
+        torch.testing.assert_close(out, torch.full_like(x, (2 * 3 + 1) / 3))
+
+
 @pytest.mark.parametrize("policy", ["raise", "shrink", "natten014"])
 def test_policies_leave_maps_that_are_long_enough_alone(policy: str) -> None:
     layer = make(2, 8, 2, 3, 2, na_padding=policy)
