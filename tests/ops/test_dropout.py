@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import natrain
+from natrain.jit import host
 from natrain.ops.dropout import drop_threshold, keep_mask
+
+
+NEEDS_COMPILER = pytest.mark.skipif(host.find_compiler() is None, reason=f"no C++ compiler: {host.REMEDY}")
 
 
 def _hash(seed: int, row: int, slot: int) -> int:
@@ -70,3 +75,32 @@ def test_torch_seed_decides_the_mask_and_the_mean_is_kept():
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     assert abs(run(3).mean().item() - 1) < 4 / (64 * 64 * 49) ** 0.5
+
+
+@NEEDS_COMPILER
+def test_the_seed_is_a_tensor_of_the_graph():
+    """Drawn by a torch operator and handed to ours: what a CUDA graph replays and a compiler keeps."""
+    q = torch.randn(1, 9, 1, 4)
+    graph = make_fx(lambda x: natrain.na1d(x, x, x, 3, dropout_p=0.5, kernel="cpu"))(q).graph
+    (attention,) = [node for node in graph.nodes if "natrain.attention" in str(node.target)]
+    seed = attention.args[5]
+    assert "randint" in str(seed.target)
+    assert not [x for x in graph.nodes if x.op == "get_attr"], "a constant would be the same mask in every step"
+
+
+@pytest.mark.parametrize("kernel", ["reference", pytest.param("cpu", marks=NEEDS_COMPILER)])
+def test_a_compiled_call_draws_as_an_eager_one_and_anew_each_time(kernel):
+    q = torch.randn(1, 40, 1, 8)
+
+    def run(x):
+        return natrain.na1d(x, x, x, 9, dropout_p=0.5, kernel=kernel)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for function in (run, compiled):
+        torch.manual_seed(7)
+        outputs.append([function(q) for _ in range(2)])
+    (first, second), (compiled_first, compiled_second) = outputs
+    torch.testing.assert_close(compiled_first, first)
+    torch.testing.assert_close(compiled_second, second)
+    assert not torch.equal(first, second)
