@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 
   Rows<HEAD_DIM> k;
   Rows<VALUE_DIM> v;
-  float d_k[HAS_D_K ? HEAD_DIM / 8 : 1][4], d_v[HAS_D_V ? VALUE_DIM / 8 : 1][4];
+  float d_k[HEAD_DIM / 8][4], d_v[VALUE_DIM / 8][4];  // one is never touched where NATRAIN_GRADIENTS leaves it out
   bool may_attend[2] = {true, true};  // to keys g and g + 8
   int stage = 0, rows_buffer = 0;
   for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
@@ -78,9 +78,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       v.load(shared, rows_at + ROWS_1_BYTES);
       if (place.member == 0) {
 #pragma unroll
-        for (int i = 0; i < (HAS_D_K ? HEAD_DIM / 2 : 0); ++i) d_k[i / 4][i % 4] = 0;
+        for (int i = 0; i < HEAD_DIM / 2; ++i) d_k[i / 4][i % 4] = 0;
 #pragma unroll
-        for (int i = 0; i < (HAS_D_V ? VALUE_DIM / 2 : 0); ++i) d_v[i / 4][i % 4] = 0;
+        for (int i = 0; i < VALUE_DIM / 2; ++i) d_v[i / 4][i % 4] = 0;
       }
       if constexpr (HAS_KEY_MASK) {
 #pragma unroll

@@ -1,0 +1,135 @@
+"""The fused kernels without a GPU: sources, plans and host code as they are, blocks and tensor cores emulated.
+
+What registers and time decide is tests/ops/test_fused.py's, on the device; so is the rest of the grid.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import natrain
+from natrain.ops import fused
+from natrain.ops.registry import get_kernel
+from tests.emulator.fixture import emulated
+from tests.ops import judge
+from tests.ops.grid import CHOSEN, Case, grid
+from tests.ops.judge import ATOL, Inputs
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+NAT = Case(2, (12, 9), 2, 32, (7, 7), (1, 1), (1, 1), (False, False), True)
+GROUPED = Case(2, (7, 9), 4, 24, (3, 5), (2, 1), (1, 1), (False, False), True)
+SEQUENCE = Case(3, (41,), 2, 16, (9,), (2,), (3,), (True,), False)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(case: Case, dtype: torch.dtype, seed: int = 0, **variant) -> None:
+    inputs = Inputs.draw(case, dtype, "cpu", **variant)
+    with emulated(get_kernel("fused"), seed=seed):
+        mine = judge.outputs(case, inputs, "fused")
+    judge.judge(inputs.names, mine, judge.same_dtype(case, inputs), judge.truth(case, inputs), ATOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", [NAT, CHOSEN[13]], ids=str)
+def test_forward_and_every_gradient(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", CHOSEN[3:21:3], ids=str)
+def test_the_shapes_that_break_tilings(case):
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", grid(40), ids=str)
+def test_the_whole_grid(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [8, 72, 136, 256])
+def test_head_dims(head_dim):
+    check(Case(1, (5, 9), 1, head_dim, (3, 5), (1, 1), (1, 1), (False, False), True), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"kv_heads": 2, "masked": 0.3}, {"value_dim": 40}, {"kv_heads": 1, "value_dim": 8, "masked": 0.97}],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [GROUPED, SEQUENCE], ids=str)
+def test_grouped_heads_value_dim_and_key_mask(case, variant):
+    check(case, torch.bfloat16, **variant)
+
+
+@pytest.mark.parametrize(("spatial", "kernel_size"), [((300,), 255), ((20, 19), 17), ((7, 8, 9), 5)], ids=str)
+def test_halos_that_come_in_chunks(spatial, kernel_size):
+    ones = (1,) * len(spatial)
+    check(
+        Case(1, spatial, 1, 16, (kernel_size,) * len(spatial), ones, ones, (False,) * len(spatial), True), torch.float16
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("case", [NAT, CHOSEN[14]], ids=str)
+def test_no_barrier_is_missing(case, seed):
+    """Warps, lanes and blocks take turns at random."""
+    check(case, torch.float16, seed=seed)
+
+
+@pytest.mark.parametrize("case", [GROUPED, SEQUENCE], ids=str)
+def test_dropout_draws_the_documented_mask(case):
+    inputs = Inputs.draw(case, torch.float32, "cpu")
+    results = []
+    for kernel, x in (("fused", inputs), ("reference", inputs.to(torch.float64, "cpu"))):
+        torch.manual_seed(5)
+        with emulated(get_kernel("fused")):
+            results.append(judge.outputs(case, x, kernel, dropout_p=0.3))
+    for name, mine, other in zip(inputs.names, *results, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm(), name
+
+
+def test_packed_and_misaligned_tensors():
+    """Read in place, written in place; rows off sixteen bytes are copied. Bitwise what contiguous tensors give."""
+    base = torch.randn(2, 9, 7, 3, 2, 33, dtype=torch.float16)
+    with emulated(get_kernel("fused")):
+        for packed in (base[..., :32].contiguous(), base[..., 1:]):
+            packed = packed.detach().requires_grad_()
+            d_out = torch.randn(1, dtype=torch.float16).expand(2, 9, 7, 2, 32)
+            out = natrain.na2d_qkvpacked(packed, (5, 3), kernel="fused")
+            (d_packed,) = torch.autograd.grad(out, packed, d_out)
+            q, k, v = (x.detach().contiguous().requires_grad_() for x in packed.unbind(-3))
+            expected = natrain.na2d(q, k, v, (5, 3), kernel="fused")
+            grads = torch.autograd.grad(expected, (q, k, v), d_out.contiguous())
+            assert torch.equal(out, expected) and torch.equal(d_packed, torch.stack(grads, -3))
+
+
+def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):
+    """However many blocks take the images of a tile: the same gradients, the bias's within rounding."""
+    inputs = Inputs.draw(Case(5, (9, 8), 1, 8, (5, 3), (1, 1), (1, 1), (False, False), True), torch.float32, "cpu")
+    case = Case(5, (9, 8), 1, 8, (5, 3), (1, 1), (1, 1), (False, False), True)
+    results = []
+    for multiprocessors in (1, 500):
+        device = fused.Device((9, 0), multiprocessors)
+        monkeypatch.setattr(fused, "_device", lambda index, device=device: device)
+        monkeypatch.setattr(fused, "_launches", {})
+        with emulated(get_kernel("fused")):
+            results.append(judge.outputs(case, inputs, "fused"))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_to_do():
+    empty = torch.empty(0, 7, 7, 2, 32, requires_grad=True)
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    with emulated(get_kernel("fused")):
+        out = natrain.na2d(empty, empty, empty, 3, rpb=rpb, kernel="fused")
+        d_empty, d_rpb = torch.autograd.grad(out.sum(), (empty, rpb))
+    assert d_empty.shape == empty.shape and not d_rpb.any()
