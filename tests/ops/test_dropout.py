@@ -10,7 +10,6 @@ import natrain
 from natrain.jit import host
 from natrain.ops.dropout import drop_threshold, keep_mask
 
-
 NEEDS_COMPILER = pytest.mark.skipif(host.find_compiler() is None, reason=f"no C++ compiler: {host.REMEDY}")
 
 
