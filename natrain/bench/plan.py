@@ -11,7 +11,8 @@
     problems: [{shape: 56x56, heads: 2, head_dim: 32, kernel_size: 7, batch: 128}]
     axes: {dtype: [fp16, fp32], kernel_size: [3, 5, 7]}   # all combinations, on top of every problem
 
-Combinations whose window does not fit the shape are left out, and counted.
+``batch: auto`` takes as many images as keep the naive kernel's backward at about 3 ms on one H200. Combinations whose
+window does not fit the shape are left out, and counted.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from natrain.bench.case import WORDS, Case
-from natrain.bench.estimate import DIRECTIONS
+from natrain.bench.estimate import DIRECTIONS, RATES, seconds
 from natrain.errors import invalid, nearest
 
+_AUTO_S = 3e-3  # of one call, where the batch is chosen
+_MOST_IMAGES = 1024
 _CHOICES = {"timer": ("graph", "events"), "cache": ("cold", "warm")}
 _DEFAULTS = {
     "kernels": None,
@@ -137,6 +140,30 @@ def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mappin
     )
 
 
+def parse_changes(words: Sequence[str]) -> dict[str, Any]:
+    """``kernels=cpu,reference runs=5 dtype=[fp16]`` as changes; several values are joined by commas, or a yaml list.
+
+    Raises:
+        ValueError: a word without "=", or a value that is no yaml.
+    """
+    import yaml
+
+    changes: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        try:
+            parts = [text] if text[:1] in ("[", "{") else text.split(",")
+            values = [yaml.safe_load(part) for part in parts]
+        except yaml.YAMLError:
+            values = []
+        if not equals or not values:
+            raise invalid("setting", word, "key=value or key=a,b", "kernels=cpu,reference")
+        changes[key] = values[0] if len(values) == 1 and key not in ("kernels", "directions") else values
+        if isinstance(values[0], list):
+            changes[key] = values[0]
+    return changes
+
+
 def _arm(entry: Any) -> ArmSpec:
     if isinstance(entry, str):
         return ArmSpec(entry, entry)
@@ -156,10 +183,18 @@ def _cases(problems: Sequence[Mapping[str, Any]], axes: Mapping[str, Any]) -> tu
             if lists and not _fits(words):
                 num_left_out += 1
                 continue
-            cases[Case.of(words)] = None
+            cases[_case(words)] = None
     if not cases:
         raise invalid("axes", dict(axes), "at least one problem whose window fits its shape", "a smaller kernel_size")
     return list(cases), num_left_out
+
+
+def _case(words: Mapping[str, Any]) -> Case:
+    if words.get("batch") != "auto":
+        return Case.of(words)
+    case = Case.of({**words, "batch": 1})
+    slope, fixed = (seconds(case.with_batch(batch), RATES["naive"], "backward") for batch in (1025, 1))
+    return case.with_batch(max(1, min(_MOST_IMAGES, int(1024 * (_AUTO_S - fixed) / (slope - fixed)))))
 
 
 def _fits(words: Mapping[str, Any]) -> bool:

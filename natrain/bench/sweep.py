@@ -15,7 +15,7 @@ import random
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,7 +28,7 @@ from natrain.bench.arms import Arm, find_arm
 from natrain.bench.case import WORDS, Case
 from natrain.bench.environment import commit_of_code, environment
 from natrain.bench.estimate import kernel_seconds
-from natrain.bench.plan import ArmSpec, Plan, read_plan
+from natrain.bench.plan import ArmSpec, Plan, parse_changes, read_plan
 from natrain.bench.run_case import DeviceLost, Outcome, Setup, close_calls, run_case
 from natrain.errors import invalid
 from natrain.jit import BuildError, BuildSpec, build, find_built
@@ -54,6 +54,8 @@ class Options:
     chunk: int = 24
     shard: tuple[int, int] = (0, 1)
     retry_failed: bool = False
+    threads: int | None = None
+    commit: str | None = None
 
     @property
     def results(self) -> Path:
@@ -86,7 +88,7 @@ def missing_runs(plan: Plan, options: Options) -> Missing:
     missing: Missing = {}
     for case in cases[index::count]:
         for arm in plan.arms:
-            if options.arms is not None and arm.name not in options.arms:
+            if arm.commit != options.commit or (options.arms is not None and arm.name not in options.arms):
                 continue
             wanted = [
                 which
@@ -163,6 +165,8 @@ def run_sweep(plan: Plan, options: Options) -> int:
     _keep_plan(plan, options)
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
+    elif options.threads is not None:
+        pin_threads(options.threads, options.shard[0])
     arms = {spec: _named(spec) for case in missing.values() for spec in case}
     writer = _Writer(plan, options)
     todo = list(missing.items())
@@ -187,6 +191,13 @@ def run_sweep(plan: Plan, options: Options) -> int:
             _say(f"[{index + 1}/{len(todo)}] {case.name}", found, plan.baseline)
     print(f"done in {time.monotonic() - started:.0f} s: {options.results}")
     return 0
+
+
+def pin_threads(threads: int, index: int) -> None:
+    """Compute with so many threads on as many cores, those after the ones of the processes before the ``index``-th."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[(index * threads + i) % len(cores)] for i in range(threads)})
+    torch.set_num_threads(threads)
 
 
 def _announce(plan: Plan, missing: Missing, options: Options) -> None:
@@ -235,7 +246,7 @@ class _Writer:
             "threads": torch.get_num_threads() if options.device == "cpu" else None,
             "device": environment(options.device)["device"],
             "torch": torch.__version__,
-            "commit": commit_of_code(),
+            "commit": options.commit or commit_of_code(),
             "session": secrets.token_hex(3),
         }
 
@@ -304,20 +315,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="these contenders only")
     parser.add_argument("--time-limit", type=float, metavar="S", help="stop in time (exit code 3); again goes on")
     parser.add_argument("--chunk", type=int, default=24, help="problems whose kernels are compiled at once")
+    parser.add_argument("--threads", type=int, metavar="N", help="on a CPU: threads, pinned to as many cores")
     parser.add_argument("--retry-failed", action="store_true", help="measure again what has no time")
-
-
-def options_of(arguments: argparse.Namespace, out: Path, device: str, shard: tuple[int, int] = (0, 1)) -> Options:
-    return Options(
-        out,
-        device,
-        parse_only(arguments.only),
-        arguments.arms,
-        arguments.time_limit,
-        arguments.chunk,
-        shard,
-        arguments.retry_failed,
-    )
 
 
 def default_device() -> str:
@@ -326,30 +325,33 @@ def default_device() -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command of this module's head; exit code 3 at the time limit."""
-    import yaml
-
     parser = argparse.ArgumentParser(prog="natrain.bench.sweep", description=__doc__)
     parser.add_argument("plan", type=Path, metavar="PLAN.yaml")
     parser.add_argument("changes", nargs="*", metavar="key=value", help="settings of the plan, axes of its problems")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--device", choices=("cuda", "cpu"), default=default_device())
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="every N-th problem from the I-th on")
+    parser.add_argument("--commit", metavar="SHA", help="the contenders of this commit, whose code this is")
     add_options(parser)
-    argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parser.parse_intermixed_args(argv)
-    changes = {word.partition("=")[0]: yaml.safe_load(word.partition("=")[2]) for word in arguments.changes}
     index, _, count = arguments.shard.partition("/")
-    options = options_of(arguments, arguments.out, arguments.device, (int(index), int(count)))
+    options = Options(
+        out=arguments.out,
+        device=arguments.device,
+        only=parse_only(arguments.only),
+        arms=arguments.arms,
+        time_limit_s=arguments.time_limit,
+        chunk=arguments.chunk,
+        shard=(int(index), int(count)),
+        retry_failed=arguments.retry_failed,
+        threads=arguments.threads,
+        commit=arguments.commit,
+    )
     try:
-        return run_sweep(read_plan(arguments.plan, changes), options)
+        return run_sweep(read_plan(arguments.plan, parse_changes(arguments.changes)), options)
     except DeviceLost as error:
         print(f"device lost: {error}; going on in a new process", flush=True)
-        os.execv(sys.executable, [sys.executable, "-m", "natrain.bench.sweep", *argv])
-
-
-def read_results(folder: Path) -> Iterator[dict[str, str]]:
-    """The rows of a sweep's folder."""
-    return rows.read(folder / "results.csv")
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ COMMANDS = {
     "models": ("models", "models, their parameters and input sizes: natrain models 'dinat*'"),
     "kernels": ("kernels", "attention kernels and what each can do; build, list, clear: compiled ones"),
     "bench": ("bench", "kernels on one problem: natrain bench shape=56x56 heads=2 head_dim=32 kernel_size=7"),
+    "ablate": ("ablate", "many problems, models or trainings from a yaml: natrain ablate ablation=nat_layers"),
     "doctor": ("doctor", "versions, devices, and which kernels work here and why not"),
 }
 

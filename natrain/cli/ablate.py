@@ -1,0 +1,91 @@
+"""Compare kernels over many problems, or models, or trainings, as a yaml describes it; goes on where it was stopped.
+
+  natrain ablate ablation=nat_layers                                 configs/ablation/nat_layers.yaml
+  natrain ablate ablation=mine.yaml kernels=cpu,reference dtype=fp32 a file of yours; key=value changes it
+  natrain ablate ablation=paper_2d devices=4                         problems spread over four GPUs
+  natrain ablate ablation=models model=nat_tiny,nat_mini             whole models: images/s, memory, drift
+  natrain ablate ablation=training seeds=5                           short trainings, paired by seed
+Prints the number of runs and an estimate before it starts. A row of results.csv in runs/ablations/NAME-HASH is one run;
+`natrain report` makes a page of it. A contender can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from natrain.errors import invalid, nearest
+
+_OPTIONS = ("ablation", "device", "devices", "out")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from natrain.bench.sweep import add_options
+
+    parser.add_argument("words", nargs="+", metavar="key=value", help="ablation=NAME, then changes of its yaml")
+    add_options(parser)
+
+
+def epilog() -> str:
+    lines = ["ablations (configs/ablation):"]
+    for path in sorted(_folder().glob("*.yaml")):
+        lines.append(f"  {path.stem:12} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    return "\n".join(lines)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    words = dict(zip(_OPTIONS, (None, None, "1", None), strict=True))
+    changes = []
+    for word in arguments.words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise invalid("setting", word, "key=value", "ablation=nat_layers")
+        if key in words:
+            words[key] = value
+        else:
+            changes.append(word)
+    path = _find(words["ablation"])
+    return _kernels(path, words, changes, arguments)
+
+
+def _folder() -> Path:
+    from natrain.cli.settings import config_folder
+
+    return config_folder() / "ablation"
+
+
+def _find(name: str | None) -> Path:
+    names = sorted(path.stem for path in _folder().glob("*.yaml"))
+    if name is not None and name.endswith(".yaml") and Path(name).is_file():
+        return Path(name)
+    if name not in names:
+        best = nearest(str(name), names) or "nat_layers"
+        raise invalid("ablation", name, f"one of {', '.join(names)}, or a .yaml file", f"ablation={best}")
+    return _folder() / f"{name}.yaml"
+
+
+def _kernels(path: Path, words: dict[str, str], changes: list[str], arguments: argparse.Namespace) -> int:
+    from natrain.bench.plan import parse_changes, read_plan
+    from natrain.bench.spread import run_everywhere
+    from natrain.bench.sweep import default_device, parse_only
+
+    plan = read_plan(path, parse_changes(changes))
+    parse_only(arguments.only)
+    device = words["device"] or default_device()
+    if device not in ("cuda", "cpu"):
+        raise invalid("device", device, "cuda or cpu", "device=cuda")
+    if not words["devices"].isdigit() or int(words["devices"]) < 1:
+        raise invalid("devices", words["devices"], "a whole number >= 1", "devices=1")
+    out = Path(words["out"] or f"runs/ablations/{plan.name}-{plan.digest[:6]}")
+    options = [*changes]
+    for name in ("only", "arms"):
+        if getattr(arguments, name):
+            options += [f"--{name}", *getattr(arguments, name)]
+    for name in ("time_limit", "chunk", "threads"):
+        if getattr(arguments, name) is not None:
+            options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    options += ["--retry-failed"] if arguments.retry_failed else []
+    total = len(plan.cases) * len(plan.arms) * len(plan.directions)
+    print(f"{plan.name}: {total} runs, baseline {plan.baseline}; results in {out}", flush=True)
+    code = run_everywhere(plan, path, options, out, device, int(words["devices"]))
+    print(f"the page: natrain report {out}")
+    return code
