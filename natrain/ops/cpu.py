@@ -10,8 +10,10 @@ import functools
 import logging
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from natrain.jit import BuildSpec, find_built, host, source_root
@@ -112,42 +114,92 @@ def _run(
         raise MemoryError(f"no memory for the cpu kernel's scratch: {problem}. Try: fewer threads, or shorter axes")
 
 
+@functools.lru_cache(maxsize=1024)
+def _equal(problem: Problem) -> Problem:
+    """What the compiled kernel solves, once for each of the heads of q that share one of k and v."""
+    width = max(problem.head_dim, problem.value_dim)
+    return replace(problem, heads=problem.kv_heads, head_dim=width, value_dim=width)
+
+
+def _widened(x: Tensor, width: int) -> Tensor:
+    return _rows(x) if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _of_heads(x: Tensor | None, heads: slice, axis: int) -> Tensor | None:
+    """A view of these heads of ``x``, which lie along ``axis``."""
+    return x if x is None or heads.step == 1 else x.movedim(axis, 0)[heads].movedim(0, axis)
+
+
 class CpuKernel(FusedKernel):
-    """One forward, one backward, for every processor that has a C++ compiler."""
+    """One forward, one backward, for every processor that has a C++ compiler.
+
+    Fewer heads of k and v are read in place, in one pass for each head of q that shares one; a head_dim of v's own is
+    evened out by zeros.
+    """
 
     name = "cpu"
     summary = "vectorised C++ (AVX-512, AVX2, portable), fused; any rank, head dim and window, one backward"
     priority = 10
-    limits = Limits(devices=frozenset({"cpu"}), dtypes=frozenset(_ELEMENTS))
+    limits = Limits(devices=frozenset({"cpu"}), dtypes=frozenset(_ELEMENTS), gqa=True, value_dim=True)
 
     def extra_reasons(self, problem: Problem) -> list[str]:
+        if problem.is_grouped and problem.has_dropout:
+            return ["no dropout_p where k and v have fewer heads than q"]
         return list(_reasons(accumulate_dtype(problem.dtype)))
 
     def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
         return [build_spec(problem.dtype, arch)]
 
     def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
-        acc = accumulate_dtype(q.dtype)
+        acc, part = accumulate_dtype(q.dtype), _equal(problem)
+        q, k, v = (_widened(x, part.head_dim) for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=acc)
-        if not out.numel():
-            return out, lse
-        rpb = None if rpb is None else rpb.to(acc).contiguous()
-        tensors = (_rows(q), _rows(k), _rows(v), out, lse, None, None, None, None, None)
-        _run("natrain_cpu_forward", problem, tensors, rpb, None, seed, scale, dropout_p)
-        return out, lse
+        if out.numel():
+            for heads in self._passes(problem):
+                q_part, out_part = (_of_heads(x, heads, -2) for x in (q, out))
+                bias = None if rpb is None else rpb[heads].to(acc).contiguous()
+                tensors = (q_part, k, v, out_part, _of_heads(lse, heads, -1), None, None, None, None, None)
+                _run("natrain_cpu_forward", part, tensors, bias, None, seed, scale, dropout_p)
+        return out[..., : problem.value_dim].contiguous(), lse
 
     def backward(
         self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v
     ):  # fmt: skip
-        acc = accumulate_dtype(q.dtype)
-        rpb = None if rpb is None else rpb.to(acc).contiguous()
-        d_rpb = None if rpb is None else torch.zeros_like(rpb)
+        acc, part = accumulate_dtype(q.dtype), _equal(problem)
+        d_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=acc)
         if not q.numel():
             return d_rpb
-        tensors = (_rows(q), _rows(k), _rows(v), None, lse, _rows(d_out), d_lse, d_q, d_k, d_v)
-        _run("natrain_cpu_backward", problem, tensors, rpb, d_rpb, seed, scale, dropout_p)
+        q, k, v, d_out = (_widened(x, part.head_dim) for x in (q, k, v, d_out))
+        own_d_q = d_q if d_q.shape == q.shape else torch.empty_like(q)
+        for heads in self._passes(problem):
+            # The gradients of k and v are sums over the passes; the first one writes where nothing has to be widened.
+            is_first = heads.start == 0
+            d_kv = [
+                x if is_first and x.shape == t.shape else torch.empty_like(t, memory_format=torch.contiguous_format)
+                for x, t in ((d_k, k), (d_v, v))
+            ]
+            bias = None if rpb is None else rpb[heads].to(acc).contiguous()
+            d_bias = None if rpb is None else torch.zeros_like(bias)
+            q_part, d_out_part, d_q_part = (_of_heads(x, heads, -2) for x in (q, d_out, own_d_q))
+            lse_part, d_lse_part = (_of_heads(x, heads, -1) for x in (lse, d_lse))
+            tensors = (q_part, k, v, None, lse_part, d_out_part, d_lse_part, d_q_part, *d_kv)
+            _run("natrain_cpu_backward", part, tensors, bias, d_bias, seed, scale, dropout_p)
+            if rpb is not None:
+                d_rpb[heads] = d_bias
+            for x, computed in ((d_k, d_kv[0]), (d_v, d_kv[1])):
+                if computed is not x:
+                    computed = computed[..., : x.shape[-1]]
+                    x.copy_(computed) if is_first else x.add_(computed)
+        if own_d_q is not d_q:
+            d_q.copy_(own_d_q[..., : d_q.shape[-1]])
         return d_rpb
+
+    @staticmethod
+    def _passes(problem: Problem) -> list[slice]:
+        """The heads of q that meet every head of k and v once."""
+        count = problem.heads // problem.kv_heads
+        return [slice(first, None, count) for first in range(count)]
 
 
 register(CpuKernel())

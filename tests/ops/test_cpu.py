@@ -16,7 +16,7 @@ import torch
 import natrain
 from natrain.jit import cache, host, source_root
 from natrain.ops import cpu
-from tests.ops.grid import CHOSEN, Case, grid
+from tests.ops.grid import CHOSEN, FEATURES, Case, grid
 from tests.ops.test_cpu_headers import levels
 
 pytestmark = pytest.mark.skipif(host.find_compiler() is None, reason=f"no C++ compiler: {host.REMEDY}")
@@ -88,6 +88,21 @@ def test_every_instruction_set(level, dtype, monkeypatch):
     for case in (CHOSEN[8], CHOSEN[13], CHOSEN[18], LONG, SEQUENCE, DENSE):
         for name, got, expected in zip(OUTPUTS, solve(case, "cpu", dtype), truth(case), strict=False):
             assert relative_error(got, expected) <= tolerance, (case, name)
+
+
+@pytest.mark.parametrize("case", [case for case in FEATURES if not case.has_key_mask], ids=str)
+def test_fewer_heads_of_k_and_v_and_another_value_dim(case):
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 5e-6)):
+        for name, got, expected in zip(OUTPUTS, solve(case, "cpu", dtype), truth(case), strict=False):
+            assert relative_error(got, expected) <= tolerance, (name, dtype)
+
+
+def test_what_it_lacks_is_refused_with_the_reason():
+    q, k = torch.randn(1, 9, 4, 8), torch.randn(1, 9, 2, 8)
+    with pytest.raises(ValueError, match="no dropout_p where k and v have fewer heads"):
+        natrain.na1d(q, k, k, 3, dropout_p=0.1, kernel="cpu")
+    with pytest.raises(ValueError, match="no key_mask"):
+        natrain.na1d(q, q, q, 3, key_mask=torch.ones(1, 9, dtype=torch.bool), kernel="cpu")
 
 
 def test_gradcheck():
