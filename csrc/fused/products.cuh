@@ -36,10 +36,16 @@ struct Multiply<float> {
     split(a, a_big, a_small);
     split(b, b_big, b_small);
 #if NATRAIN_TF32_TERMS == 3
-    mma_m16n8k8_tf32(d, a_small, b_big);
-    mma_m16n8k8_tf32(d, a_big, b_small);
-#endif
+    // Tensor cores cut their sums off instead of rounding them, so that long ones stay outside.
+    float part[4] = {};
+    mma_m16n8k8_tf32(part, a_small, b_big);
+    mma_m16n8k8_tf32(part, a_big, b_small);
+    mma_m16n8k8_tf32(part, a_big, b_big);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += part[i];
+#else
     mma_m16n8k8_tf32(d, a_big, b_big);
+#endif
   }
 };
 
@@ -84,8 +90,8 @@ class Rows {
     }
   }
 
-  // scores += rows . columns; `columns` from score_columns(), plus the bytes to another group.
-  __device__ __forceinline__ void multiply(float (&scores)[2][4], unsigned columns) const {
+  // scores += rows . columns; `columns` from score_columns(), `bytes` from there to another group.
+  __device__ __forceinline__ void multiply(float (&scores)[2][4], unsigned columns, unsigned bytes = 0) const {
 #pragma unroll
     for (int step = 0; step < STEPS; ++step) {
       unsigned a[4], b[4];
@@ -95,7 +101,7 @@ class Rows {
       } else {
         read(step, a);
       }
-      ldmatrix_x4(b, at_piece<DIM>(columns, 2 * step));
+      ldmatrix_x4(b, at_piece<DIM>(columns, 2 * step) + bytes);
       // Past an odd number of pieces: what follows the row may be another one's infinity.
       const bool whole = 2 * step + 1 < PIECES;
       const unsigned b0[2] = {b[0], whole ? b[1] : 0}, b1[2] = {b[2], whole ? b[3] : 0};
