@@ -116,8 +116,10 @@ def _run(
 
 @functools.lru_cache(maxsize=1024)
 def _equal(problem: Problem) -> Problem:
-    """What the compiled kernel solves, once for each of the heads of q that share one of k and v."""
+    """What the compiled kernel solves, once for each head of q that shares one of k and v: mostly ``problem``."""
     width = max(problem.head_dim, problem.value_dim)
+    if problem.heads == problem.kv_heads and problem.head_dim == problem.value_dim:
+        return problem
     return replace(problem, heads=problem.kv_heads, head_dim=width, value_dim=width)
 
 
@@ -155,12 +157,18 @@ class CpuKernel(FusedKernel):
         q, k, v = (_widened(x, part.head_dim) for x in (q, k, v))
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=acc)
-        if out.numel():
-            for heads in self._passes(problem):
-                q_part, out_part = (_of_heads(x, heads, -2) for x in (q, out))
-                bias = None if rpb is None else rpb[heads].to(acc).contiguous()
-                tensors = (q_part, k, v, out_part, _of_heads(lse, heads, -1), None, None, None, None, None)
-                _run("natrain_cpu_forward", part, tensors, bias, None, seed, scale, dropout_p)
+        if not out.numel():
+            return out[..., : problem.value_dim].contiguous(), lse
+        if part is problem:
+            rpb = None if rpb is None else rpb.to(acc).contiguous()
+            tensors = (q, k, v, out, lse, None, None, None, None, None)
+            _run("natrain_cpu_forward", problem, tensors, rpb, None, seed, scale, dropout_p)
+            return out, lse
+        for heads in self._passes(problem):
+            q_part, out_part = (_of_heads(x, heads, -2) for x in (q, out))
+            bias = None if rpb is None else rpb[heads].to(acc).contiguous()
+            tensors = (q_part, k, v, out_part, _of_heads(lse, heads, -1), None, None, None, None, None)
+            _run("natrain_cpu_forward", part, tensors, bias, None, seed, scale, dropout_p)
         return out[..., : problem.value_dim].contiguous(), lse
 
     def backward(
@@ -171,6 +179,11 @@ class CpuKernel(FusedKernel):
         if not q.numel():
             return d_rpb
         q, k, v, d_out = (_widened(x, part.head_dim) for x in (q, k, v, d_out))
+        if part is problem:
+            rpb = None if rpb is None else rpb.to(acc).contiguous()
+            tensors = (q, k, v, None, lse, d_out, d_lse, d_q, d_k, d_v)
+            _run("natrain_cpu_backward", problem, tensors, rpb, d_rpb, seed, scale, dropout_p)
+            return d_rpb
         own_d_q = d_q if d_q.shape == q.shape else torch.empty_like(q)
         for heads in self._passes(problem):
             # The gradients of k and v are sums over the passes; the first one writes where nothing has to be widened.
