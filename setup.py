@@ -7,6 +7,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 SHIPPED = ("csrc", "configs")
+ABLATE = ["optuna>=4", "submitit>=1.5"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20"]
 
 
@@ -52,6 +53,7 @@ setup(
         "digits": ["scikit-learn>=1.4"],
         "export": EXPORT,
         "tensorboard": ["tensorboard>=2.14"],
+        "ablate": ABLATE,
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.5",
@@ -60,6 +62,7 @@ setup(
             "tensorboard>=2.14",
             "setuptools>=69",
             *EXPORT,
+            *ABLATE,
         ],
         "dev": ["ruff>=0.8", "build"],
     },

@@ -16,8 +16,10 @@ ROOMS = [
     {"ops"},
     {"layers"},
     {"models"},
-    {"data", "bench", "compat", "viz", "export"},
+    {"data", "compat", "viz", "export"},
     {"training"},
+    {"bench"},
+    {"report"},
     {"cli"},
 ]
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}

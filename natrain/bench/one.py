@@ -9,18 +9,7 @@ import torch
 
 from natrain.bench.case import Case
 from natrain.bench.estimate import DIRECTIONS, floor_bytes, flops
-from natrain.bench.measure import measure
 from natrain.bench.run_case import Outcome, Setup
-
-_COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
-
-
-def copy_bytes_per_s(device: str) -> float:
-    """Bytes read plus bytes written a second by a copy too large for any cache."""
-    source = torch.ones(_COPY_BYTES[device] // 4, device=device)
-    target = torch.empty_like(source)
-    timing = measure({"copy": lambda: target.copy_(source)}, runs=7, device=device)["copy"]
-    return 2 * source.numel() * source.element_size() / (timing.median_ms / 1e3)
 
 
 def table(case: Case, outcomes: Sequence[Outcome], bytes_per_s: float, device: str) -> list[tuple[str, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,12 @@ def _line(values: list) -> bytes:
     return text.getvalue().encode()
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
     """Add one row; missing columns stay empty. Several processes may append to one file at once."""
-    unknown = set(row) - set(COLUMNS)
+    unknown = set(row) - set(columns)
     assert not unknown, f"no such columns: {unknown}"
-    values = [row.get(column) for column in COLUMNS]
-    values[COLUMNS.index("reason")] = " ".join(str(row.get("reason") or "").split())[:500]
+    values = [row.get(column) for column in columns]
+    values[columns.index("reason")] = " ".join(str(row.get("reason") or "").split())[:500]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         # One write to a file opened for appending is one place in it, also beside other writers.
@@ -41,7 +41,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         os.close(descriptor)
 
 
-def start(path: Path) -> None:
+def start(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Make the file with its header, or end a line that a killed process left unfinished."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -50,11 +50,11 @@ def start(path: Path) -> None:
             if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")
         return
-    os.write(descriptor, _line(list(COLUMNS)))
+    os.write(descriptor, _line(list(columns)))
     os.close(descriptor)
 
 
-def read(path: Path) -> Iterator[dict[str, str]]:
+def read(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, str]]:
     """The complete rows of the file; half of a row that a killed process left is passed over.
 
     Raises:
@@ -63,11 +63,11 @@ def read(path: Path) -> Iterator[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         lines = csv.reader(file)
         header = next(lines, None)
-        if header != list(COLUMNS):
+        if header != list(columns):
             raise invalid("results", str(path), "a CSV of this version's sweeps", "another --out folder")
         for values in lines:
-            if len(values) == len(COLUMNS) and values[COLUMNS.index("status")] in STATUSES and values[-1]:
-                yield dict(zip(COLUMNS, values, strict=True))
+            if len(values) == len(columns) and values[columns.index("status")] in STATUSES and values[-1]:
+                yield dict(zip(columns, values, strict=True))
 
 
 def key(row: Mapping[str, Any]) -> tuple[str, ...]:

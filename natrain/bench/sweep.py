@@ -26,6 +26,7 @@ import torch
 from natrain.bench import rows
 from natrain.bench.arms import Arm, find_arm
 from natrain.bench.case import WORDS, Case
+from natrain.bench.ceilings import copy_bytes_per_s, product_flops_per_s
 from natrain.bench.environment import commit_of_code, environment
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import ArmSpec, Plan, parse_changes, read_plan
@@ -162,11 +163,11 @@ def run_sweep(plan: Plan, options: Options) -> int:
     if not missing:
         return 0
     rows.start(options.results)
-    _keep_plan(plan, options)
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
     elif options.threads is not None:
         pin_threads(options.threads, options.shard[0])
+    _keep_plan(plan, options)
     arms = {spec: _named(spec) for case in missing.values() for spec in case}
     writer = _Writer(plan, options)
     todo = list(missing.items())
@@ -213,7 +214,14 @@ def _announce(plan: Plan, missing: Missing, options: Options) -> None:
 def _keep_plan(plan: Plan, options: Options) -> None:
     """The yaml and the environment of each session beside the rows."""
     (options.out / "plan.yaml").write_text(plan.text, encoding="utf-8")
-    note = {**environment(options.device), "baseline": plan.baseline, "plan": plan.name}
+    dtypes = sorted({case.dtype_name for case in plan.cases})
+    note = {
+        **environment(options.device),
+        "plan": plan.name,
+        "baseline": plan.baseline,
+        "copy_bytes_per_s": copy_bytes_per_s(options.device),
+        "product_flops_per_s": product_flops_per_s(options.device, dtypes),
+    }
     with open(options.out / "environment.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(note) + "\n")
 

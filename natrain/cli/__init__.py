@@ -27,6 +27,7 @@ COMMANDS = {
     "kernels": ("kernels", "attention kernels and what each can do; build, list, clear: compiled ones"),
     "bench": ("bench", "kernels on one problem: natrain bench shape=56x56 heads=2 head_dim=32 kernel_size=7"),
     "ablate": ("ablate", "many problems, models or trainings from a yaml: natrain ablate ablation=nat_layers"),
+    "report": ("report", "a page of results: natrain report runs/ablations/NAME"),
     "doctor": ("doctor", "versions, devices, and which kernels work here and why not"),
 }
 

@@ -4,7 +4,8 @@
   natrain ablate ablation=mine.yaml kernels=cpu,reference dtype=fp32 a file of yours; key=value changes it
   natrain ablate ablation=paper_2d devices=4                         problems spread over four GPUs
   natrain ablate ablation=models model=nat_tiny,nat_mini             whole models: images/s, memory, drift
-  natrain ablate ablation=training seeds=5                           short trainings, paired by seed
+  natrain ablate ablation=training seeds=5 data.root=DIR             short trainings, paired by seed
+  natrain ablate ablation=search trials=20 cluster=slurm             any setting of `natrain train`, by Optuna
 Prints the number of runs and an estimate before it starts. A row of results.csv in runs/ablations/NAME-HASH is one run;
 `natrain report` makes a page of it. A contender can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
 
@@ -33,6 +34,10 @@ def epilog() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    import yaml
+
+    from natrain.bench.sweep import default_device
+
     words = dict(zip(_OPTIONS, (None, None, "1", None), strict=True))
     changes = []
     for word in arguments.words:
@@ -44,7 +49,16 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             changes.append(word)
     path = _find(words["ablation"])
-    return _kernels(path, words, changes, arguments)
+    device = words["device"] or default_device()
+    if device not in ("cuda", "cpu"):
+        raise invalid("device", device, "cuda or cpu", "device=cuda")
+    kinds = {"kernels": _kernels, "models": _models, "training": _training}
+    kind = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("kind", "kernels")
+    if kind not in kinds:
+        raise invalid("kind", kind, f"one of {', '.join(kinds)}", "kind: kernels")
+    out, code = kinds[kind](path, words, changes, device, arguments)
+    print(f"the page: natrain report {out}")
+    return code
 
 
 def _folder() -> Path:
@@ -63,19 +77,18 @@ def _find(name: str | None) -> Path:
     return _folder() / f"{name}.yaml"
 
 
-def _kernels(path: Path, words: dict[str, str], changes: list[str], arguments: argparse.Namespace) -> int:
+def _kernels(
+    path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
+) -> tuple[Path, int]:
     from natrain.bench.plan import parse_changes, read_plan
     from natrain.bench.spread import run_everywhere
-    from natrain.bench.sweep import default_device, parse_only
+    from natrain.bench.sweep import parse_only
 
     plan = read_plan(path, parse_changes(changes))
     parse_only(arguments.only)
-    device = words["device"] or default_device()
-    if device not in ("cuda", "cpu"):
-        raise invalid("device", device, "cuda or cpu", "device=cuda")
     if not words["devices"].isdigit() or int(words["devices"]) < 1:
         raise invalid("devices", words["devices"], "a whole number >= 1", "devices=1")
-    out = Path(words["out"] or f"runs/ablations/{plan.name}-{plan.digest[:6]}")
+    out = _out(words, plan.name, plan.digest)
     options = [*changes]
     for name in ("only", "arms"):
         if getattr(arguments, name):
@@ -86,6 +99,29 @@ def _kernels(path: Path, words: dict[str, str], changes: list[str], arguments: a
     options += ["--retry-failed"] if arguments.retry_failed else []
     total = len(plan.cases) * len(plan.arms) * len(plan.directions)
     print(f"{plan.name}: {total} runs, baseline {plan.baseline}; results in {out}", flush=True)
-    code = run_everywhere(plan, path, options, out, device, int(words["devices"]))
-    print(f"the page: natrain report {out}")
-    return code
+    return out, run_everywhere(plan, path, options, out, device, int(words["devices"]))
+
+
+def _models(
+    path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
+) -> tuple[Path, int]:
+    from natrain.bench.models import read_model_plan, run_models
+    from natrain.bench.plan import parse_changes
+
+    plan = read_model_plan(path, parse_changes(changes))
+    out = _out(words, path.stem, plan.digest)
+    return out, run_models(plan, out, device)
+
+
+def _training(
+    path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
+) -> tuple[Path, int]:
+    from natrain.bench.training import read_training_plan, run_training
+
+    plan = read_training_plan(path, changes)
+    out = _out(words, path.stem, plan.digest)
+    return out, run_training(plan, out, device)
+
+
+def _out(words: dict[str, str], name: str, digest: str) -> Path:
+    return Path(words["out"] or f"runs/ablations/{name}-{digest[:6]}")

@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from natrain.bench.arms import find_arm
     from natrain.bench.case import WORDS, Case
+    from natrain.bench.ceilings import copy_bytes_per_s
     from natrain.bench.environment import environment
-    from natrain.bench.one import copy_bytes_per_s, heading, refusals, table, text_of
+    from natrain.bench.one import heading, refusals, table, text_of
     from natrain.bench.plan import ArmSpec
     from natrain.bench.run_case import Setup, close_calls, run_case
     from natrain.bench.sweep import compile_ahead, default_device

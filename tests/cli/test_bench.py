@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from natrain.bench.case import Case
+from natrain.bench.ceilings import copy_bytes_per_s, product_flops_per_s
 from natrain.bench.measure import Timing
-from natrain.bench.one import copy_bytes_per_s, refusals, table
+from natrain.bench.one import refusals, table
 from natrain.bench.run_case import Outcome
 from natrain.cli import main
 
@@ -54,6 +55,8 @@ def test_rates_of_a_known_time():
 
 def test_copy_moves_what_a_memory_can():
     assert 5e8 < copy_bytes_per_s("cpu") < 1e12
+    found = product_flops_per_s("cpu", ["fp32"])
+    assert set(found) == {"fp32"} and 1e9 < found["fp32"] < 1e14
 
 
 NATTEN = """

@@ -1,0 +1,83 @@
+"""From folders of results to a page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from natrain.bench import models, rows, training
+from natrain.errors import invalid
+from natrain.report import kernels, others
+from natrain.report.blocks import Page, Section, Table
+
+# Shown once for all folders; what differs between sessions is listed.
+_ENVIRONMENT = (
+    "device", "count", "threads", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "natrain",
+    "commit", "torch", "cuda", "timm", "natten", "python", "platform", "command",
+)  # fmt: skip
+
+
+def build_page(folders: Sequence[Path], title: str | None = None, baseline: str | None = None) -> Page:
+    """One page out of the folders of ``natrain ablate``.
+
+    Args:
+        title: default: the plans' names and the device.
+        baseline: a contender; default: the plan's.
+
+    Raises:
+        ValueError: a folder without results, a baseline without a time.
+    """
+    sessions = [session for folder in folders for session in _sessions(folder)]
+    found: list[Section] = []
+    runs: list[kernels.Run] = []
+    summary: list[str] = []
+    default = baseline or next((session["baseline"] for session in sessions if "baseline" in session), None)
+    for folder in folders:
+        files = [name for name in ("results.csv", "models.csv", "training.csv") if (folder / name).is_file()]
+        if not files:
+            raise invalid(
+                "RUN", str(folder), "a folder of `natrain ablate` with results", "natrain report runs/ablations/NAME"
+            )
+        for name in files:
+            if name == "results.csv":
+                runs += map(kernels.Run.of, rows.read(folder / name))
+            elif name == "models.csv":
+                found += others.model_sections(list(rows.read(folder / name, models.COLUMNS)), default)
+            else:
+                lines = list(rows.read(folder / name, training.COLUMNS))
+                found += others.training_sections(lines, folder, default)
+                summary += training.comparison(lines, default)
+    if runs:
+        results = _results(runs, default, baseline)
+        ceilings = next((session for session in reversed(sessions) if "copy_bytes_per_s" in session), {})
+        summary = kernels.summary(results) + summary
+        found = kernels.sections(results, ceilings) + found
+    device = sessions[-1]["device"] if sessions else "unknown device"
+    names = ", ".join(dict.fromkeys(session["plan"] for session in sessions)) or "results"
+    return Page(title or f"{names} on {device}", tuple(summary), (*found, _environment(sessions)))
+
+
+def _results(runs: list[kernels.Run], default: str | None, asked: str | None) -> kernels.Results:
+    timed = list(dict.fromkeys(run.arm for run in runs if run.ms is not None))
+    if asked is not None and asked not in timed:
+        raise invalid("--baseline", asked, f"one of {', '.join(timed)}", f"--baseline {timed[0] if timed else 'cpu'}")
+    chosen = default if default in timed else next(iter(timed), "")
+    return kernels.Results(tuple(runs), chosen)
+
+
+def _sessions(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "environment.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _environment(sessions: Sequence[dict[str, Any]]) -> Section:
+    table_rows = []
+    for name in _ENVIRONMENT:
+        values = list(dict.fromkeys(str(session[name]) for session in sessions if session.get(name) is not None))
+        if values:
+            table_rows.append((name, "; ".join(values)))
+    return Section(
+        "Environment", (Table("environment", "Where it was measured", ("what", "value"), tuple(table_rows)),)
+    )

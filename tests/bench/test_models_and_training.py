@@ -1,0 +1,154 @@
+"""Whole models and short trainings: what their rows say, and their statistics."""
+
+from __future__ import annotations
+
+import csv
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from natrain.bench.models import COLUMNS, read_model_plan, run_models
+from natrain.bench.training import Job, comparison, paired_interval, read_training_plan
+from natrain.cli import main
+from natrain.cli.settings import config_folder
+
+MODELS, TRAINING, SEARCH = (config_folder() / "ablation" / f"{name}.yaml" for name in ("models", "training", "search"))
+# Two steps of the small model on the digits.
+TINY = [
+    "model=nat_digits", "data=digits", "recipe=digits", "global_batch=8", "data.workers=0", "trainer.accelerator=cpu",
+    "trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.progress_bar=false", "schedule.warmup_epochs=0",
+    "schedule.epochs=1", "schedule.cooldown_epochs=0", "trainer.log_every_steps=1",
+]  # fmt: skip
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_models_in_both_modes_with_their_drift(tmp_path, capsys):
+    changes = {
+        "model": "nat_digits",
+        "kernels": ["cpu", "reference", "naive"],
+        "precision": "fp32",
+        "compile": False,
+        "batch": 2,
+        "runs": 3,
+    }
+    plan = read_model_plan(MODELS, changes)
+    assert run_models(plan, tmp_path, "cpu") == 0
+    found = {(row["kernel"], row["mode"]): row for row in table(tmp_path / "models.csv")}
+    assert len(found) == 6
+    for mode in ("inference", "training"):
+        assert found["naive", mode]["status"] == "failed" and "device cpu" in found["naive", mode]["reason"]
+        row, other = found["cpu", mode], found["reference", mode]
+        assert float(row["low"]) <= float(row["images_per_s"]) <= float(row["high"])
+        assert float(row["step_ms"]) == pytest.approx(2e3 / float(row["images_per_s"]), rel=1e-3)
+        assert 0 < float(row["attention_share"]) < 1
+        assert 0 <= float(row["drift"]) < 1e-5 and float(other["drift"]) == 0
+    assert tuple(row) == COLUMNS
+    assert run_models(plan, tmp_path, "cpu") == 0
+    assert "6 runs in all, 0 to measure" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nat_tyny"}, "model="),
+        ({"kernels": "niave"}, "naive"),
+        ({"precision": "tf32"}, "bf16"),
+        ({"x": 1}, "x"),
+    ],
+)
+def test_bad_model_plans(changes, message):
+    with pytest.raises(ValueError, match=message):
+        read_model_plan(MODELS, changes)
+
+
+def test_the_interval_holds_the_true_difference_about_95_times_in_100():
+    """Five normal differences around 1: 2,000 samples; three standard errors are 1.5 %."""
+    rng = random.Random(0)
+    inside = 0
+    for _ in range(2000):
+        _, low, high = paired_interval([rng.gauss(1, 2) for _ in range(5)])
+        inside += low <= 1 <= high
+    assert 0.935 <= inside / 2000 <= 0.965
+    # scipy.stats.ttest_1samp([1, 2, 4]).confidence_interval() says the same.
+    assert paired_interval([1.0, 2.0, 4.0]) == pytest.approx((2.33333, -1.46125, 6.12791), abs=1e-3)
+    assert paired_interval([1.0]) == (1.0, -math.inf, math.inf)
+
+
+def test_comparison_pairs_by_seed():
+    rows = [
+        {"kernel": kernel, "seed": str(seed), "status": "ok", "top1": str(top1), "images_per_s": str(speed)}
+        for kernel, seed, top1, speed in [
+            ("a", 0, 50, 100), ("a", 1, 60, 100), ("a", 2, 70, 100),
+            ("b", 1, 61, 200), ("b", 0, 51, 200), ("b", 9, 1, 1),
+        ]
+    ]  # fmt: skip
+    (line,) = comparison(rows, "a")
+    assert line.startswith("b against a, 2 seeds: top-1 +1.00 points (95 %: +1.00 to +1.00), 2.00x the images/s")
+
+
+@pytest.mark.slow
+def test_trainings_of_two_kernels(tmp_path, capsys):
+    words = [f"ablation={TRAINING}", "kernels=cpu,reference", "seeds=2", f"out={tmp_path}", *TINY]
+    assert main(["ablate", *words]) == 0
+    found = table(tmp_path / "training.csv")
+    assert [(row["kernel"], row["seed"], row["status"]) for row in found] == [
+        ("cpu", "0", "ok"), ("reference", "0", "ok"), ("cpu", "1", "ok"), ("reference", "1", "ok"),
+    ]  # fmt: skip
+    assert all(0 <= float(row["top1"]) <= 100 and float(row["seconds"]) > 0 for row in found)
+    assert "reference against cpu, 2 seeds: top-1" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "cpu-0" / "metrics.csv").is_file()
+    assert main(["ablate", *words]) == 0
+    assert "4 trainings in all, 0 to run" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_optuna_searches_and_goes_on(tmp_path, capsys):
+    pytest.importorskip("optuna")
+    words = [f"ablation={SEARCH}", "kernels=cpu", f"out={tmp_path}", *TINY]
+    assert main(["ablate", *words, "trials=2"]) == 0
+    found = table(tmp_path / "training.csv")
+    assert [row["trial"] for row in found] == ["0", "1"]
+    rates = [float(row["settings"].partition("optim.lr=")[2].split()[0]) for row in found]
+    assert len(set(rates)) == 2 and all(1e-4 <= rate <= 4e-3 for rate in rates)
+    assert "best: top-1" in capsys.readouterr().out
+    assert main(["ablate", *words, "trials=2"]) == 0
+    assert "2 trials in all, 2 done" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_failed_training_is_a_row_and_jobs_run_on_submitit(tmp_path):
+    pytest.importorskip("submitit")
+    bad = ["kernels=cpu,naive", "seeds=1", "cluster=local", "parallel=2"]
+    assert main(["ablate", f"ablation={TRAINING}", *bad, f"out={tmp_path}", *TINY]) == 0
+    found = {row["kernel"]: row for row in table(tmp_path / "training.csv")}
+    assert found["cpu"]["status"] == "ok"
+    assert found["naive"]["status"] == "failed" and "device cpu" in found["naive"]["reason"]
+    assert list((tmp_path / "jobs").glob("*_submitted.pkl"))
+
+
+def test_a_job_is_what_one_would_type():
+    command = Job("naive", 3, ("model=nat_cifar",), "/x/runs/naive-3").command()
+    assert command[1:] == [
+        "-m", "natrain", "train", "model=nat_cifar",
+        "kernel=naive", "seed=3", "run_dir=/x/runs/naive-3", "resume=auto",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seeds=0"], "seeds=3"),
+        (["kernels=niave"], "naive"),
+        (["cluster=lsf"], "cluster=slurm"),
+        (["seeds"], "seeds=5"),
+    ],
+)
+def test_bad_training_plans(words, message):
+    with pytest.raises(ValueError, match=message):
+        read_training_plan(TRAINING, words)
