@@ -7,7 +7,6 @@ keys and values ``[B, tokens, heads_kv, head_dim]``.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from natrain import ops
@@ -59,18 +58,21 @@ def neighborhood_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """out, or (out, lse): every query attends to its neighbours and to all additional tokens, in one softmax.
 
-    The two parts are computed apart and merged by their lse. A value head dim other than query's is served by zeros
-    that pad the smaller one.
+    The two parts are computed apart and merged by their lse.
     """
-    heads, dim, dim_v = query.shape[-2], query.shape[-1], value.shape[-1]
-    width = max(dim, dim_v)
-    k, v = _repeat_heads(key, heads), _repeat_heads(value, heads)
-    q, k, v = (t if t.shape[-1] == width else F.pad(t, (0, width - t.shape[-1])) for t in (query, k, v))
     with torch.autocast(query.device.type, enabled=False):
         out, lse = NA[na_dim](
-            q, k, v, kernel_size, dilation, stride=stride, is_causal=is_causal, rpb=rpb, scale=scale, return_lse=True
+            query,
+            key,
+            value,
+            kernel_size,
+            dilation,
+            stride=stride,
+            is_causal=is_causal,
+            rpb=rpb,
+            scale=scale,
+            return_lse=True,
         )
-        out = out[..., :dim_v]
         if additional_keys is not None:
             extra, extra_lse = dense_attention(query.flatten(1, na_dim), additional_keys, additional_values, scale)
             parts = [out, extra.view(out.shape)], [lse, extra_lse.view(lse.shape)]

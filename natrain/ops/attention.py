@@ -97,6 +97,10 @@ def attention(
     is_recorded = autograd and needs_grad(*tensors, rpb)
     kernel = choose(run.problem(q, k, v, rpb, key_mask, needs_grad=is_recorded), run.kernel)
     run = replace(run, kernel=kernel.name)
+    if autograd and torch._C._are_functorch_transforms_active() and isinstance(kernel, (FusedKernel, UnfusedKernel)):
+        raise NotImplementedError(
+            f'kernel="{kernel.name}" cannot be differentiated by torch.func. Try: kernel="reference", or torch.autograd'
+        )
     if isinstance(kernel, UnfusedAttentionKernel) and not (autograd and _has_tangent(*tensors, rpb)):
         if is_recorded:
             return ProbsAttention.apply(run, rpb, key_mask, seed, *tensors)[:2]

@@ -123,6 +123,14 @@ def test_functional_transforms_see_what_the_reference_is_made_of():
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("kernel", ["loops", "whole", "fused_test"])
+def test_other_kernels_refuse_torch_func_by_name(kernel):
+    q = torch.randn(1, 7, 2, 4)
+    for transform in (torch.func.grad, lambda f: lambda x: torch.func.jvp(f, (x,), (x,))):
+        with pytest.raises(NotImplementedError, match=f'kernel="{kernel}".*torch.func.*Try: kernel="reference"'):
+            transform(lambda x: natrain.na1d(x, x, x, 3, kernel=kernel).sum())(q)
+
+
 @pytest.mark.parametrize("kernel", ["reference", "loops", "fused_test"])
 def test_vmap_over_a_batch_of_inputs_and_over_gradients(kernel):
     q = torch.randn(3, 1, 7, 2, 4, dtype=torch.float64)
