@@ -19,8 +19,9 @@ struct GatherArguments {
 constexpr int KY = kernel_size(1), KX = kernel_size(2);
 // Weights are copied into shared memory, where that has room for them (of a warp's queries, or of the halo's).
 constexpr bool IS_STAGED = NATRAIN_IS_STAGED;
+static_assert(!(IS_STAGED && BY_KEY && CHUNKS > 1));
 constexpr int X_PITCH = row_pitch(IS_FLOAT), WEIGHTS_PITCH = PITCH * sizeof(Element), OUT_PITCH = row_pitch(false);
-constexpr int WEIGHTS_AT = HALO * X_PITCH;
+constexpr int WEIGHTS_AT = STAGES * CHUNK * X_PITCH;
 constexpr int WEIGHT_ROWS = !IS_STAGED ? 0 : BY_KEY ? HALO : WARPS * ROWS;
 // The sums go out through the same memory.
 constexpr int FETCHED_BYTES = WEIGHTS_AT + WEIGHT_ROWS * WEIGHTS_PITCH, OUT_BYTES = WARPS * ROWS * OUT_PITCH;
@@ -65,17 +66,10 @@ struct QueryRows {
   }
 };
 
-template <class Visit>
-__device__ __forceinline__ void for_each_line(const Tile& tile, Visit visit) {
-  for (int z = tile.box_first[0]; z < tile.box_end[0]; ++z)
-    for (int y = tile.box_first[1]; y < tile.box_end[1]; ++y) visit(z, y);
-}
-
-__device__ __forceinline__ void sum_by_query(const Tile& tile, const Element* staged, const Element* origin,
-                                             const Step& step, const unsigned char* shared, float (&sums)[BLOCKS][4]) {
-  const QueryRows rows(tile, staged, origin, step);
-  for (int block = tile.box_first[2]; block < tile.box_end[2]; block += COLUMNS) {
-    for_each_line(tile, [&](int z, int y) {
+__device__ __forceinline__ void sum_by_query(const Tile& tile, const QueryRows& rows, int chunk, int stage,
+                                             const unsigned char* shared, float (&sums)[BLOCKS][4]) {
+  for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += COLUMNS) {
+    for_each_line(tile, chunk, block, [&](int z, int y, int row) {
       unsigned weights[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -87,45 +81,55 @@ __device__ __forceinline__ void sum_by_query(const Tile& tile, const Element* st
           weights[i][j] = has_line && rows.x[i].holds(x) ? bits_of(line[x]) : 0;
         }
       }
-      weighted_sums(weights, ((z * halo(1) + y) * halo(2) + block) * X_PITCH, shared, tile.lane, sums);
+      weighted_sums(weights, (stage + row) * X_PITCH, shared, tile.lane, sums);
     });
   }
 }
 
-__device__ __forceinline__ void sum_by_key(const Tile& tile, const Element* staged, const Element* origin,
-                                           const Step& step, const unsigned char* shared, float (&sums)[BLOCKS][4]) {
+// inverse: the lane's two keys.
+struct KeyRows {
   int key[2][3];
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int axis = 0; axis < 3; ++axis) key[i][axis] = tile.row(axis, tile.lane / 4 + 8 * i);
+  const Element* weights;  // of the halo's first query, or of the dilation group's
+  Step step;               // from one query to the next
 
-  for (int block = tile.box_first[2]; block < tile.box_end[2]; block += COLUMNS) {
+  __device__ __forceinline__ KeyRows(const Tile& tile, const Element* staged, const Element* origin, const Step& step)
+      : weights(IS_STAGED ? staged : origin), step(step) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int axis = 0; axis < 3; ++axis) key[i][axis] = tile.row(axis, tile.lane / 4 + 8 * i);
+  }
+};
+
+__device__ __forceinline__ void sum_by_key(const Tile& tile, const KeyRows& rows, int chunk, int stage,
+                                           const unsigned char* shared, float (&sums)[BLOCKS][4]) {
+  for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += COLUMNS) {
     // Slot along x of either key in the windows of the lane's four queries of a line; -1 for none.
-    int slot_x[2][4], query_x[4];
+    int slot_x[2][4];
+    Offset query[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      query_x[j] = block + own_column(tile.lane, j);
-      const Span span(2, tile.halo_first[2] + query_x[j], tile.length[2], 0);
+      const int x = block + own_column(tile.lane, j), position = tile.halo_first[2] + x;
+      query[j] = IS_STAGED ? Offset(x * PITCH) : rows.step.x * position;
+      const Span span(2, position, tile.length[2], 0);
 #pragma unroll
-      for (int i = 0; i < 2; ++i) slot_x[i][j] = span.holds(key[i][2]) ? key[i][2] - span.first : -1;
+      for (int i = 0; i < 2; ++i) slot_x[i][j] = span.holds(rows.key[i][2]) ? rows.key[i][2] - span.first : -1;
     }
-    for_each_line(tile, [&](int z, int y) {
+    for_each_line(tile, chunk, block, [&](int z, int y, int row) {
       const int query_z = tile.halo_first[0] + z, query_y = tile.halo_first[1] + y;
       const Span span_z(0, query_z, tile.length[0], 0), span_y(1, query_y, tile.length[1], 0);
-      const Element* line = IS_STAGED ? staged + (z * halo(1) + y) * halo(2) * PITCH : origin + step.to(query_z, query_y, 0);
+      const Element* line =
+          rows.weights + (IS_STAGED ? Offset((z * halo(1) + y) * halo(2) * PITCH) : rows.step.to(query_z, query_y, 0));
       unsigned weights[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const bool has_line = span_z.holds(key[i][0]) && span_y.holds(key[i][1]);
-        const int slot = ((key[i][0] - span_z.first) * KY + (key[i][1] - span_y.first)) * KX;
+        const bool has_line = span_z.holds(rows.key[i][0]) && span_y.holds(rows.key[i][1]);
+        const int slot = ((rows.key[i][0] - span_z.first) * KY + (rows.key[i][1] - span_y.first)) * KX;
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const Offset query = IS_STAGED ? Offset(query_x[j] * PITCH) : step.x * (tile.halo_first[2] + query_x[j]);
-          weights[i][j] = has_line && slot_x[i][j] >= 0 ? bits_of(line[query + slot + slot_x[i][j]]) : 0;
-        }
+        for (int j = 0; j < 4; ++j)
+          weights[i][j] = has_line && slot_x[i][j] >= 0 ? bits_of(line[query[j] + slot + slot_x[i][j]]) : 0;
       }
-      weighted_sums(weights, ((z * halo(1) + y) * halo(2) + block) * X_PITCH, shared, tile.lane, sums);
+      weighted_sums(weights, (stage + row) * X_PITCH, shared, tile.lane, sums);
     });
   }
 }
@@ -134,26 +138,27 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
   NATRAIN_DYNAMIC_SHARED(shared);
   const Tile tile(args.geometry);
   const unsigned shared_at = shared_address(shared);
-  fetch_halo<PIECES, PIECES>(tile, args.geometry, args.x, args.x_at, shared_at, X_PITCH);
   if constexpr (IS_STAGED && BY_KEY)
-    fetch_halo<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.weights, args.weights_at, shared_at + WEIGHTS_AT,
-                                             WEIGHTS_PITCH);
+    fetch_chunk<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.weights, args.weights_at, 0,
+                                              shared_at + WEIGHTS_AT, WEIGHTS_PITCH);
   if constexpr (IS_STAGED && !BY_KEY)
     fetch_own<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.weights, args.weights_at,
                                             shared_at + WEIGHTS_AT + tile.warp * ROWS * WEIGHTS_PITCH, WEIGHTS_PITCH);
-  cp_async_commit();
-  cp_async_wait<0>();
-  __syncthreads();
 
   float sums[BLOCKS][4] = {};
-  if (tile.is_active) {
-    const Element* staged = reinterpret_cast<const Element*>(shared + WEIGHTS_AT);
-    const Element* origin = tile.origin(args.weights, args.weights_at);
-    const Step step(args.geometry, args.weights_at);
-    if constexpr (BY_KEY)
-      sum_by_key(tile, staged, origin, step, shared, sums);
-    else
-      sum_by_query(tile, staged, origin, step, shared, sums);
+  const Element* staged = reinterpret_cast<const Element*>(shared + WEIGHTS_AT);
+  const Element* origin = tile.origin(args.weights, args.weights_at);
+  const Step step(args.geometry, args.weights_at);
+  if constexpr (BY_KEY) {
+    const KeyRows rows(tile, staged, origin, step);
+    for_each_chunk<PIECES, PIECES>(tile, args.geometry, args.x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
+      sum_by_key(tile, rows, chunk, stage, shared, sums);
+    });
+  } else {
+    const QueryRows rows(tile, staged, origin, step);
+    for_each_chunk<PIECES, PIECES>(tile, args.geometry, args.x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
+      sum_by_query(tile, rows, chunk, stage, shared, sums);
+    });
   }
   __syncthreads();
   if (!tile.is_active) return;

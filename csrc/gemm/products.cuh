@@ -28,16 +28,22 @@ __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], 
     for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(__uint_as_float(a[i]));
 #pragma unroll
     for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(__uint_as_float(b[i]));
-    if constexpr (TERMS == 3) {
+    if constexpr (TERMS == 1) {
+      mma_m16n8k8_tf32(d, a_high, b_high);
+    } else {
       unsigned a_low[4], b_low[2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) a_low[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
 #pragma unroll
       for (int i = 0; i < 2; ++i) b_low[i] = to_tf32(__uint_as_float(b[i]) - __uint_as_float(b_high[i]));
-      mma_m16n8k8_tf32(d, a_low, b_high);
-      mma_m16n8k8_tf32(d, a_high, b_low);
+      // Tensor cores round sums toward zero: a long sum is kept outside of them.
+      float part[4] = {};
+      mma_m16n8k8_tf32(part, a_low, b_high);
+      mma_m16n8k8_tf32(part, a_high, b_low);
+      mma_m16n8k8_tf32(part, a_high, b_high);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) d[i] += part[i];
     }
-    mma_m16n8k8_tf32(d, a_high, b_high);
   }
 }
 

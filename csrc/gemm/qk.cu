@@ -1,4 +1,7 @@
 // scores[query, slot] = scale * q . k (+ rpb); a slot that is no neighbour, and a row's padding, hold `fill`.
+//
+// A warp collects its 16 rows of scores in shared memory and writes them in 16-byte pieces. Of a long row it holds the slots
+// of one chunk of keys: slots are in the order of keys, so that a chunk continues where the last one ended.
 #include "products.cuh"
 
 using namespace natrain;
@@ -14,19 +17,21 @@ struct Arguments {
 };
 
 constexpr int KZ = kernel_size(0), KY = kernel_size(1), KX = kernel_size(2);
-constexpr int D_PITCH = row_pitch(false), SCORES_PITCH = PITCH * sizeof(Element);
-// Keys of the halo, then of every warp its queries and its rows of scores.
-constexpr int QUERIES_AT = HALO * D_PITCH, SCORES_AT = QUERIES_AT + WARPS * ROWS * D_PITCH;
-static_assert(SCORES_AT + WARPS * ROWS * SCORES_PITCH == NATRAIN_SHARED_BYTES);
+constexpr bool ANY_CAUSAL = is_causal(0) || is_causal(1) || is_causal(2);
+// Scores of a row that a warp holds: those of a chunk, and of the piece that the chunk before left incomplete.
+constexpr int HELD = NATRAIN_HELD, HELD_PIECES = HELD / PIECE, HELD_PITCH = HELD * sizeof(Element);
+static_assert(HELD % PIECE == 0 && (CHUNKS > 1 || HELD == PITCH));
+constexpr int D_PITCH = row_pitch(false);
+// Keys of a chunk or two, then of every warp its queries and its rows of scores.
+constexpr int QUERIES_AT = STAGES * CHUNK * D_PITCH, SCORES_AT = QUERIES_AT + WARPS * ROWS * D_PITCH;
+static_assert(SCORES_AT + WARPS * ROWS * HELD_PITCH == NATRAIN_SHARED_BYTES);
 
-// One of a lane's two queries: its window, counted from the halo's first key.
+// A query's window, counted from the halo's first key.
 struct Query {
   int first[3], count[3];
   int bias;  // entry of the key at (0, 0, 0)
-  Element* scores;
 
-  __device__ __forceinline__ Query(const Tile& tile, int r, Element* rows) : scores(rows + r * PITCH) {
-    bias = 0;
+  __device__ __forceinline__ Query(const Tile& tile, int r) : bias(0) {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       const int n = tile.length[axis], k = kernel_size(axis), position = min(tile.row(axis, r), n - 1);
@@ -36,6 +41,65 @@ struct Query {
       bias = bias * (2 * k - 1) + (tile.halo_first[axis] - position + k - 1);
     }
   }
+
+  // Slots of the keys before column `column` of the halo, in the order of memory.
+  __device__ __forceinline__ int slots_before(int column) const {
+    const int z = column / (halo(2) * halo(1)) - first[0], y = column / halo(2) % halo(1) - first[1];
+    const int x = column % halo(2) - first[2];
+    if (z < 0 || z >= KZ) return z < 0 ? 0 : NEIGHBORS;
+    if (y < 0 || y >= KY) return (z + (y >= KY)) * KY * KX;
+    return (z * KY + y) * KX + min(max(x, 0), KX);
+  }
+  // The first slot held during a chunk.
+  __device__ __forceinline__ int held_from(int chunk) const {
+    return CHUNKS == 1 ? 0 : slots_before(chunk * CHUNK) / PIECE * PIECE;
+  }
+};
+
+struct Scores {
+  Element* held;     // [ROWS, HELD], of the warp
+  uint4 fill_piece;
+
+  __device__ __forceinline__ void fill(int lane, int from_piece) const {
+    if (CHUNKS == 1 && NEIGHBORS == PITCH && !ANY_CAUSAL) return;
+    const int count = HELD_PIECES - from_piece;
+    for (int i = lane; i < ROWS * count; i += 32)
+      reinterpret_cast<uint4*>(held)[i / count * HELD_PIECES + from_piece + i % count] = fill_piece;
+  }
+
+  // Writes the pieces that are complete after a chunk, and moves the incomplete one to the front.
+  __device__ __forceinline__ void flush(const Tile& tile, const Geometry& g, int chunk, Element* out,
+                                        const Layout& at) const {
+    const bool is_last = chunk == CHUNKS - 1;
+    Element* const origin = tile.origin(out, at);
+    const Step step(g, at);
+    // A causal query's slots may end before its row does.
+    const int count = CHUNKS > 1 && is_last && ANY_CAUSAL ? WEIGHT_PIECES : HELD_PIECES;
+    for (int i = tile.lane; i < ROWS * count; i += 32) {
+      const int r = i / count, piece = i % count;
+      if (!tile.has_row(r)) continue;
+      int first = 0, end = WEIGHT_PIECES;
+      if (CHUNKS > 1) {
+        const Query query(tile, r);
+        first = query.held_from(chunk) / PIECE;
+        if (!is_last) end = query.held_from(chunk + 1) / PIECE;
+      }
+      if (first + piece < end)
+        *reinterpret_cast<uint4*>(origin + step.to_row(tile, r) + (first + piece) * PIECE) =
+            piece < HELD_PIECES ? reinterpret_cast<const uint4*>(held)[r * HELD_PIECES + piece] : fill_piece;
+    }
+    if (CHUNKS == 1) return;
+    __syncwarp();
+    if (tile.lane < ROWS && !is_last) {
+      const Query query(tile, tile.lane);
+      const int next = (query.held_from(chunk + 1) - query.held_from(chunk)) / PIECE;
+      uint4* const row = reinterpret_cast<uint4*>(held) + tile.lane * HELD_PIECES;
+      if (next > 0) row[0] = next < HELD_PIECES ? row[next] : fill_piece;
+    }
+    __syncwarp();
+    fill(tile.lane, 1);
+    __syncwarp();
+  }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __grid_constant__ Arguments args) {
@@ -43,35 +107,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __gr
   const Tile tile(args.geometry);
   const unsigned keys_at = shared_address(shared);
   const unsigned queries_at = keys_at + QUERIES_AT + tile.warp * ROWS * D_PITCH;
-  unsigned char* const own_scores = shared + SCORES_AT + tile.warp * ROWS * SCORES_PITCH;
+  union {
+    Element elements[PIECE];
+    uint4 piece;
+  } fill;
+  for (int i = 0; i < PIECE; ++i) fill.elements[i] = narrow<Element>(float(args.fill));
+  const Scores scores = {reinterpret_cast<Element*>(shared + SCORES_AT + tile.warp * ROWS * HELD_PITCH), fill.piece};
 
-  fetch_halo<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k, args.k_at, keys_at, D_PITCH);
   fetch_own<PIECES, 2 * DEPTHS>(tile, args.geometry, args.q, args.q_at, queries_at, D_PITCH);
-  cp_async_commit();
-  if (NEIGHBORS < PITCH || is_causal(0) || is_causal(1) || is_causal(2)) {
-    const Element fill = narrow<Element>(float(args.fill));
-    for (int i = tile.lane; i < ROWS * PITCH; i += 32) reinterpret_cast<Element*>(own_scores)[i] = fill;
-  }
-  cp_async_wait<0>();
-  __syncthreads();
-  if (!tile.is_active) return;
-
-  unsigned a[DEPTHS][4];
-  load_left(queries_at, tile.lane, a);
-  Element* const rows = reinterpret_cast<Element*>(own_scores);
-  const Query queries[2] = {Query(tile, tile.lane / 4, rows), Query(tile, tile.lane / 4 + 8, rows)};
+  scores.fill(tile.lane, 0);
+  const Query queries[2] = {Query(tile, tile.lane / 4), Query(tile, tile.lane / 4 + 8)};
   const float scale = float(args.scale);
 #if NATRAIN_HAS_RPB
   const float* const bias = args.rpb + tile.head * (long long)((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1));
 #endif
 
-  for (int block = tile.box_first[2]; block < tile.box_end[2]; block += 8) {
-    const int x = block + tile.lane % 4 * 2;
-    for (int z = tile.box_first[0]; z < tile.box_end[0]; ++z) {
-#pragma unroll 4
-      for (int y = tile.box_first[1]; y < tile.box_end[1]; ++y) {
+  unsigned a[DEPTHS][4];
+  for_each_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k, args.k_at, keys_at, D_PITCH, [&](int chunk, int stage) {
+    if (chunk == 0) load_left(queries_at, tile.lane, a);
+    Element* rows[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) rows[i] = scores.held + (tile.lane / 4 + 8 * i) * HELD - queries[i].held_from(chunk);
+    for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += 8) {
+      const int x = block + tile.lane % 4 * 2;
+      for_each_line(tile, chunk, block, [&](int z, int y, int row) {
         float dots[4] = {};
-        dot_products(a, keys_at + ((z * halo(1) + y) * halo(2) + block) * D_PITCH, tile.lane, dots);
+        dot_products(a, keys_at + (stage + row) * D_PITCH, tile.lane, dots);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const Query& query = queries[i];
@@ -85,12 +146,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __gr
 #if NATRAIN_HAS_RPB
             score += __ldg(bias + (query.bias + (z * (2 * KY - 1) + y) * (2 * KX - 1) + x + j));
 #endif
-            query.scores[(slot_z * KY + slot_y) * KX + slot_x] = narrow<Element>(score);
+            rows[i][(slot_z * KY + slot_y) * KX + slot_x] = narrow<Element>(score);
           }
         }
-      }
+      });
     }
-  }
-  __syncwarp();
-  store_own<WEIGHT_PIECES>(tile, args.geometry, own_scores, SCORES_PITCH, args.scores, args.scores_at);
+    __syncwarp();
+    scores.flush(tile, args.geometry, chunk, args.scores, args.scores_at);
+  });
 }

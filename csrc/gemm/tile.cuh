@@ -6,10 +6,13 @@
 // written. Rows are queries in qk and av, keys in inverse (BY_KEY). The warps of a block stand next to each other, and the
 // union of their boxes, the *halo*, is fetched into shared memory once.
 //
+// A halo that is too large goes through shared memory in *chunks*, runs of CHUNK columns in row-major order: whole lines, or
+// parts of the only line. The next chunk is fetched while one is worked on.
+//
 // Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_PITCH (elements
 // from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
 // NATRAIN_BY_KEY, NATRAIN_ROW_Z.., NATRAIN_WARPS_Z.., NATRAIN_HALO_Z.. (of which every line of
-// every box has a multiple of 16 columns).
+// every box has a multiple of 16 columns), NATRAIN_CHUNK.
 #pragma once
 
 #include "intrinsics.cuh"
@@ -31,6 +34,9 @@ constexpr int NEIGHBORS = kernel_size(0) * kernel_size(1) * kernel_size(2);
 constexpr int ROWS = 16, COLUMNS = 16;  // of one product
 constexpr int WARPS = warps(0) * warps(1) * warps(2), THREADS = 32 * WARPS;
 constexpr int HALO = halo(0) * halo(1) * halo(2);
+constexpr int CHUNK = NATRAIN_CHUNK, CHUNKS = (HALO + CHUNK - 1) / CHUNK, STAGES = CHUNKS > 1 ? 2 : 1;
+constexpr bool HAS_LINES = halo(0) * halo(1) > 1;
+static_assert(CHUNKS == 1 || CHUNK % (HAS_LINES ? halo(2) : COLUMNS) == 0);
 static_assert(row_tile(0) * row_tile(1) * row_tile(2) == ROWS);
 
 // Elements of a 16-byte piece; pieces of a row of D, of a row of D with the zeros that fill its last product's depth of two
@@ -142,18 +148,61 @@ __device__ __forceinline__ void fetch_rows(unsigned shared, int pitch, int count
   }
 }
 
-// The halo's rows of `x` [B, *S, N, W]: W of D (filled to whole depths) or of weights.
+// A chunk's rows of `x` [B, *S, N, W]: W of D (filled to whole depths) or of weights.
 template <int PIECES, int FILLED>
-__device__ __forceinline__ void fetch_halo(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
-                                           unsigned shared, int pitch) {
+__device__ __forceinline__ void fetch_chunk(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
+                                            int chunk, unsigned shared, int pitch) {
   const Element* origin = tile.origin(x, at);
   const Step step(g, at);
-  fetch_rows<PIECES, FILLED>(shared, pitch, HALO, threadIdx.x, THREADS, [&](int token) {
-    const int px = tile.halo_first[2] + token % halo(2), py = tile.halo_first[1] + token / halo(2) % halo(1);
-    const int pz = tile.halo_first[0] + token / (halo(2) * halo(1));
+  fetch_rows<PIECES, FILLED>(shared, pitch, CHUNK, threadIdx.x, THREADS, [&](int row) {
+    const int column = chunk * CHUNK + row;
+    const int px = tile.halo_first[2] + column % halo(2), py = tile.halo_first[1] + column / halo(2) % halo(1);
+    const int pz = tile.halo_first[0] + column / (halo(2) * halo(1));
     const bool is_inside = pz < tile.length[0] && py < tile.length[1] && px < tile.length[2];
     return is_inside ? origin + step.to(pz, py, px) : nullptr;
   });
+}
+
+// Columns along x of the warp's box that lie in a chunk; parts of a line begin at multiples of COLUMNS.
+__device__ __forceinline__ int first_x(const Tile& tile, int chunk) {
+  if (CHUNKS == 1 || HAS_LINES) return tile.box_first[2];
+  return max(tile.box_first[2] / COLUMNS * COLUMNS, chunk * CHUNK);
+}
+__device__ __forceinline__ int end_x(const Tile& tile, int chunk) {
+  return CHUNKS == 1 || HAS_LINES ? tile.box_end[2] : min(tile.box_end[2], chunk * CHUNK + CHUNK);
+}
+
+// Visits (z, y) of every line of the warp's box in a chunk, with the row of shared memory in which its column x lies.
+template <class Visit>
+__device__ __forceinline__ void for_each_line(const Tile& tile, int chunk, int x, Visit visit) {
+  const int line = chunk * CHUNK / halo(2), end = line + CHUNK / halo(2);
+  const bool is_cut = CHUNKS > 1 && HAS_LINES;
+  const int z_first = is_cut ? max(tile.box_first[0], line / halo(1)) : tile.box_first[0];
+  const int z_end = is_cut ? min(tile.box_end[0], (end - 1) / halo(1) + 1) : tile.box_end[0];
+  for (int z = z_first; z < z_end; ++z) {
+    const int y_first = is_cut ? max(tile.box_first[1], line - z * halo(1)) : tile.box_first[1];
+    const int y_end = is_cut ? min(tile.box_end[1], end - z * halo(1)) : tile.box_end[1];
+#pragma unroll 2
+    for (int y = y_first; y < y_end; ++y) visit(z, y, (z * halo(1) + y) * halo(2) + x - chunk * CHUNK);
+  }
+}
+
+// Runs `work(chunk, row of its first column)` on every chunk of `x`, the next one under way.
+template <int PIECES, int FILLED, class Work>
+__device__ __forceinline__ void for_each_chunk(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
+                                               unsigned shared, int pitch, Work work) {
+  fetch_chunk<PIECES, FILLED>(tile, g, x, at, 0, shared, pitch);
+  cp_async_commit();
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    cp_async_wait<0>();
+    // Also: all warps are done with the chunk before, whose place the next one takes.
+    __syncthreads();
+    if (chunk + 1 < CHUNKS) {
+      fetch_chunk<PIECES, FILLED>(tile, g, x, at, chunk + 1, shared + (chunk + 1) % STAGES * CHUNK * pitch, pitch);
+      cp_async_commit();
+    }
+    if (tile.is_active) work(chunk, chunk % STAGES * CHUNK);
+  }
 }
 
 // The warp's own 16 rows of `x`; past the group's end the last token again.

@@ -1,9 +1,9 @@
 """The gemm kernels: qk, av and inverse as products of the tensor core over a tile and its halo; csrc/gemm holds them.
 
-Limits: float16, bfloat16, float32 from sm_80 on, head dims in multiples of 16 bytes, any rank and window. float32 is TF32
-where torch allows it, else three TF32 products that keep 21 bits of each factor. Softmax, its derivative, dropout and the
-bias gradient are naive's kernels; so is a primitive whose tensors are not aligned to 16 bytes, or whose halo does not
-fit into shared memory.
+Limits: float16, bfloat16, float32 from sm_80 on, head dims in multiples of 8, any rank and window. float32 is TF32
+where torch allows it, else three TF32 products that keep 21 bits of each factor. Softmax, its derivative, dropout and
+the bias gradient are naive's kernels; so is a primitive whose tensors are not aligned to 16 bytes, or whose halo does
+not fit into shared memory.
 """
 
 from __future__ import annotations
@@ -54,6 +54,8 @@ def gemm_defines(
         "NATRAIN_BY_KEY": int(primitive == "inverse"),
         "NATRAIN_HAS_RPB": int(has_rpb),
         "NATRAIN_IS_STAGED": int(tiling.is_staged),
+        "NATRAIN_CHUNK": tiling.chunk,
+        "NATRAIN_HELD": tiling.held,
         "NATRAIN_TERMS": terms,
         "NATRAIN_SHARED_BYTES": tiling.shared_bytes,
     }
@@ -158,7 +160,25 @@ class GemmKernel(NaiveKernel):
         return plans[key]
 
     def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
-        return super().build_specs(problem, arch)
+        """Of aligned tensors; with both precisions of float32, since torch's setting may change."""
+        window, dtype = problem.window, problem.dtype
+        # A packed projection's image spans three times as much as a tensor of its own.
+        span = problem.num_tokens * problem.heads
+        span *= max(3 * problem.head_dim, problem.value_dim, weights_pitch(window.num_neighbors, dtype))
+        offset = "int" if span < 2**31 else "long long"
+        wanted = {("qk", problem.head_dim, problem.has_rpb), ("qk", problem.value_dim, False)}
+        wanted |= {(name, dim, False) for name in ("av", "inverse") for dim in (problem.head_dim, problem.value_dim)}
+        specs, delegated = [], set()
+        for primitive, head_dim, has_rpb in sorted(wanted):
+            tiling = choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype)
+            if tiling is None:
+                delegated.add(f"natrain_naive_{primitive}")
+                continue
+            for terms in (1, 3) if dtype == torch.float32 else (1,):
+                defines = gemm_defines(primitive, dtype, window, head_dim, tiling, terms, offset, has_rpb)
+                specs.append(cuda.kernel_spec(f"gemm/{primitive}.cu", f"natrain_gemm_{primitive}", defines, arch))
+        products = {f"natrain_naive_{primitive}" for primitive in ("qk", "av", "inverse")} - delegated
+        return specs + [spec for spec in super().build_specs(problem, arch) if spec.name not in products]
 
 
 register(GemmKernel())

@@ -1,4 +1,4 @@
-"""How the gemm kernels cover a problem: what a warp and a block own, what they fetch, and what that costs. Pure functions.
+"""How the gemm kernels cover a problem: what a warp and a block own and fetch, and what that costs. Pure functions.
 
 The words are those of csrc/gemm/tile.cuh: a warp's 16 rows, the box of columns that they reach, a block's halo.
 """
@@ -56,13 +56,24 @@ def _extents(
 
 @dataclass(frozen=True)
 class GemmTiling:
-    """One way to cover a problem; ``cost`` compares ways, in instructions of a warp per head and image."""
+    """One way to cover a problem; ``cost`` compares ways, in instructions of a warp per head and image.
+
+    Attributes:
+        row, warps: tokens of a warp's rows, warps of a block, along z, y, x.
+        halo: columns that a block reaches.
+        chunk: of them, in shared memory at once (and as many again on their way, where that is not all).
+        held: scores of a row that qk holds in shared memory.
+        is_staged: av and inverse read weights from shared memory.
+        tiles: blocks that cover the longest dilation group.
+    """
 
     row: tuple[int, int, int]
     warps: tuple[int, int, int]
     halo: tuple[int, int, int]
-    tiles: tuple[int, int, int]
+    chunk: int
+    held: int
     is_staged: bool
+    tiles: tuple[int, int, int]
     shared_bytes: int
     cost: float
 
@@ -71,18 +82,64 @@ class GemmTiling:
         return 32 * math.prod(self.warps)
 
 
-def _row_bytes(head_dim: int, itemsize: int, is_read_by_floats: bool) -> int:
-    """``row_pitch`` of csrc/gemm/products.cuh."""
-    depths = -(-head_dim * itemsize // 32)
-    return (depths | 1) * 32 if is_read_by_floats else (2 * depths | 1) * 16
+@dataclass(frozen=True)
+class _Primitive:
+    """What the size of shared memory and the cost depend on besides the tiling."""
+
+    name: str
+    head_dim: int
+    itemsize: int
+    pitch: int  # of a row of weights, elements
+    line_slots: int  # of a line of a window: its extent along x
+
+    @property
+    def row_bytes(self) -> int:
+        return self.head_dim * self.itemsize
+
+    def shared_row(self, is_read_by_floats: bool) -> int:
+        """``row_pitch`` of csrc/gemm/products.cuh, bytes."""
+        depths = -(-self.row_bytes // 32)
+        return (depths | 1) * 32 if is_read_by_floats else (2 * depths | 1) * 16
+
+    def held(self, halo: tuple[int, int, int], chunk: int) -> int:
+        """Scores of a row that come out of one chunk, and of the piece the one before left incomplete."""
+        if chunk == math.prod(halo):
+            return self.pitch
+        slots = chunk if halo[0] * halo[1] == 1 else chunk // halo[2] * self.line_slots
+        piece = ACCESS_BYTES // self.itemsize
+        return min(self.pitch, -(-(slots + piece - 1) // piece) * piece)
+
+    def shared_bytes(self, halo: int, chunk: int, held: int, rows: int, is_staged: bool) -> int:
+        stages = 1 if chunk == halo else 2
+        if self.name == "qk":
+            return stages * chunk * self.shared_row(False) + rows * (self.shared_row(False) + held * self.itemsize)
+        weight_rows = 0 if not is_staged else halo if self.name == "inverse" else rows
+        fetched = stages * chunk * self.shared_row(self.itemsize == 4) + weight_rows * self.pitch * self.itemsize
+        return max(fetched, rows * self.shared_row(False))
+
+    def cost(self, box: int, halo: int, chunk: int, warps: int, is_staged: bool, shared: int) -> float:
+        """Of one block: products, pieces fetched and stored, and what a multiprocessor with few warps waits for."""
+        products = warps * box / COLUMNS
+        pairs = 60 if self.name == "qk" else 45 if is_staged else 110
+        weights = warps * ROWS * self.pitch * self.itemsize / ACCESS_BYTES
+        if self.name == "inverse" and is_staged:
+            weights *= halo / (warps * ROWS)
+        elif self.name != "qk" and not is_staged:
+            weights = 0
+        pieces = weights + (halo + warps * ROWS) * self.row_bytes / ACCESS_BYTES
+        resident = min(48, max(1, MAX_SHARED_BYTES // (shared + 1024)) * warps)
+        work = (
+            products * (pairs + self.row_bytes / 8) + 0.5 * pieces + 150 * warps + 100 * warps * (-(-halo // chunk) - 1)
+        )
+        return work * max(1.0, 20 / resident) ** 0.7
 
 
-def _shared_bytes(primitive: str, head_dim: int, itemsize: int, pitch: int, halo: int, rows: int, staged: bool) -> int:
-    row = _row_bytes(head_dim, itemsize, False)
-    if primitive == "qk":
-        return halo * row + rows * (row + pitch * itemsize)
-    weight_rows = 0 if not staged else halo if primitive == "inverse" else rows
-    return max(halo * _row_bytes(head_dim, itemsize, itemsize == 4) + weight_rows * pitch * itemsize, rows * row)
+def _chunks(halo: tuple[int, int, int]) -> list[int]:
+    """All of the halo, or 1, 2, 4 .. lines; of a single line parts."""
+    lines, columns = halo[0] * halo[1], halo[2]
+    if lines == 1:
+        return [columns, *(size for size in (64, 128, 256) if size < columns)]
+    return [lines * columns, *(columns << i for i in range(7) if 1 << i < lines)]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -95,62 +152,38 @@ def choose_gemm_tiling(
     max_shared_bytes: int = MAX_SHARED_BYTES,
 ) -> GemmTiling | None:
     """The cheapest tiling of qk, av or inverse, or None where none fits shared memory."""
-    lengths, dilation = three_axes(spatial, 1), three_axes(window.dilation, 1)
-    axes = list(
-        zip(
-            lengths,
-            dilation,
-            three_axes(window.kernel_size, 1),
-            three_axes(window.stride, 1),
-            three_axes(window.is_causal, False),
-            strict=True,
-        )
-    )
-    by_key, itemsize = primitive == "inverse", dtype.itemsize
+    lengths, dilation, sizes = three_axes(spatial, 1), three_axes(window.dilation, 1), three_axes(window.kernel_size, 1)
+    strides, causal = three_axes(window.stride, 1), three_axes(window.is_causal, False)
+    axes = list(zip(lengths, dilation, sizes, strides, causal, strict=True))
     pitch = weights_pitch(window.num_neighbors, dtype)
+    need = _Primitive(primitive, head_dim, dtype.itemsize, pitch, sizes[2])
     groups = [-(-length // d) for length, d in zip(lengths, dilation, strict=True)]
     best = None
     for row in itertools.product(_ROW_TILES, repeat=3):
-        if math.prod(row) != ROWS or any(r > 1 and r >= 2 * n for r, n in zip(row, groups, strict=True)):
+        if math.prod(row) != ROWS:
             continue
         for warps in itertools.product(_WARPS, repeat=3):
+            covered = [r * w for r, w in zip(row, warps, strict=True)]
             if math.prod(warps) > 8 or any(
-                w > 1 and r * w >= 2 * n for r, w, n in zip(row, warps, groups, strict=True)
+                w > 1 and c >= 2 * n for c, w, n in zip(covered, warps, groups, strict=True)
             ):
                 continue
-            sizes = [
-                _extents(*axis, by_key, r, w, COLUMNS if index == 2 else 1)
+            extents = [
+                _extents(*axis, primitive == "inverse", r, w, COLUMNS if index == 2 else 1)
                 for index, (axis, r, w) in enumerate(zip(axes, row, warps, strict=True))
             ]
-            halo, box = tuple(size[0] for size in sizes), math.prod(size[1] for size in sizes)
-            tiles = tuple(-(-n // (r * w)) for n, r, w in zip(groups, row, warps, strict=True))
-            for staged in (True, False)[: 1 if primitive == "qk" else 2]:
-                shared = _shared_bytes(
-                    primitive, head_dim, itemsize, pitch, math.prod(halo), ROWS * math.prod(warps), staged
-                )
+            halo, box = tuple(extent[0] for extent in extents), math.prod(extent[1] for extent in extents)
+            tiles = tuple(-(-n // c) for n, c in zip(groups, covered, strict=True))
+            blocks, size, count = math.prod(tiles) * math.prod(dilation), math.prod(halo), math.prod(warps)
+            for chunk, is_staged in itertools.product(_chunks(halo), (True, False)):
+                # Of inverse the weights belong to the halo; qk writes them.
+                if is_staged and (primitive == "qk" or (primitive == "inverse" and chunk < size)):
+                    continue
+                held = need.held(halo, chunk)
+                shared = need.shared_bytes(size, chunk, held, ROWS * count, is_staged)
                 if shared > max_shared_bytes:
                     continue
-                cost = _cost(
-                    primitive, head_dim, itemsize, pitch, box, math.prod(halo), math.prod(warps), staged, shared
-                )
-                cost *= math.prod(t * d for t, d in zip(tiles, dilation, strict=True))
+                cost = need.cost(box, size, chunk, count, is_staged, shared) * blocks
                 if best is None or cost < best.cost:
-                    best = GemmTiling(row, warps, halo, tiles, staged, shared, cost)
+                    best = GemmTiling(row, warps, halo, chunk, held, is_staged, tiles, shared, cost)
     return best
-
-
-def _cost(
-    primitive: str, head_dim: int, itemsize: int, pitch: int, box: int, halo: int, warps: int, staged: bool, shared: int
-) -> float:
-    """Of one block: products, pieces fetched and stored, and what a multiprocessor with few warps waits for."""
-    products = warps * box / COLUMNS
-    depth = head_dim * itemsize / 32
-    pairs = 60 if primitive == "qk" else 45 if staged else 150
-    weights = warps * ROWS * pitch * itemsize / ACCESS_BYTES
-    if primitive == "inverse" and staged:
-        weights = halo * pitch * itemsize / ACCESS_BYTES
-    elif primitive != "qk" and not staged:
-        weights = 0
-    pieces = weights + (halo + warps * ROWS) * head_dim * itemsize / ACCESS_BYTES
-    resident = min(48, MAX_SHARED_BYTES // (shared + 1024) * warps)
-    return (products * (pairs + 4 * depth) + 0.5 * pieces + 150 * warps) * max(1.0, 20 / resident) ** 0.7

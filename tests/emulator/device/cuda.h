@@ -157,6 +157,16 @@ extern __attribute__((visibility("default"))) uint3 blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
 inline void __syncthreads(EMULATOR_HERE) { emulator::barrier(place); }
+// Blocks run one after another, so that one variable serves all.
+inline int __syncthreads_or(int mine, EMULATOR_HERE) {
+  static int any;
+  emulator::barrier(place);
+  any = 0;
+  emulator::barrier(place);
+  if (mine) any = 1;
+  emulator::barrier(place);
+  return any;
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu, EMULATOR_HERE) {
   emulator::collective("__syncwarp", place, mask, nullptr, emulator::finish_nothing);
 }

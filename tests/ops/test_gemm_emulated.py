@@ -1,0 +1,105 @@
+"""The gemm kernels without a GPU: their sources on the CPU emulator, against the float64 oracle and the reference."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import natrain
+from natrain.ops import gemm, naive, reference, registry
+from natrain.ops.gemm_plan import choose_gemm_tiling
+from natrain.ops.problem import Window
+from tests.emulator.fixture import emulated
+from tests.ops import judge
+from tests.ops.grid import CHOSEN, Case
+from tests.ops.judge import Inputs
+
+CASES = [CHOSEN[i] for i in (1, 3, 6, 9, 11, 12, 13, 14, 17, 18, 19)]
+# float32 by three TF32 products is as exact as float32 here; 16 bits round weights and gradients.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-6}
+LONG = Case(1, (150,), 2, 16, (77,), (1,), (1,), (False,), True)
+LONG_CAUSAL = Case(1, (150,), 1, 8, (70,), (1,), (3,), (True,), True)
+
+
+@pytest.fixture
+def on_the_cpu():
+    with emulated(registry.get_kernel("gemm"), registry.get_kernel("naive"), seed=7):
+        yield
+
+
+def check(case: Case, dtype: torch.dtype, tolerance: float | None = None, **variant) -> None:
+    inputs = Inputs.draw(case, dtype, device="cpu", **variant)
+    for name, x, z in zip(inputs.names, judge.outputs(case, inputs, "gemm"), judge.truth(case, inputs), strict=True):
+        error = ((x.double() - z).norm() / z.norm()).item()
+        assert error <= (tolerance or TOLERANCE[dtype]), f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_agrees_with_the_oracle(case, on_the_cpu):
+    """out, lse and the gradients of q, k, v, rpb; a dtype a case in turn."""
+    check(case, list(TOLERANCE)[CASES.index(case) % 3])
+
+
+@pytest.mark.parametrize("case", [LONG, LONG_CAUSAL, *CASES[3:8:2], *CASES[9:]], ids=str)
+def test_a_halo_larger_than_shared_memory_goes_in_chunks(case, on_the_cpu, monkeypatch):
+    """With the least shared memory that any tiling takes, every primitive works on parts of a halo."""
+    chunked = []
+
+    def choose(*problem):
+        limits = (limit for limit in range(1024, 64 * 1024, 512) if choose_gemm_tiling(*problem, limit))
+        tiling = choose_gemm_tiling(*problem, next(limits))
+        chunked.append(tiling.chunk < tiling.halo[0] * tiling.halo[1] * tiling.halo[2])
+        return tiling
+
+    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
+    plans = {}
+    for module in (gemm, naive):
+        monkeypatch.setattr(module, "plans", plans)
+    check(case, torch.float16)
+    assert any(chunked)
+
+
+def test_tf32_where_torch_allows_it(on_the_cpu):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        check(CASES[3], torch.float32, tolerance=2e-3)
+        with pytest.raises(AssertionError, match="relative error"):
+            check(CASES[3], torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("variant", [{"value_dim": 24}, {"value_dim": 8}], ids=str)
+def test_value_dims_of_their_own(variant, on_the_cpu):
+    check(Case(1, (6, 9), 2, 16, (3, 5), (2, 1), (1, 1), (False, False), True), torch.float16, **variant)
+
+
+@pytest.mark.parametrize("case", [CHOSEN[4], CHOSEN[13]], ids=str)
+def test_visible_weights_agree_with_the_reference(case, on_the_cpu):
+    q, k, v, rpb = case.tensors(torch.float32, requires_grad=False)
+    window = Window(**case.window)
+    scores = case.function("_qk")(q, k, **case.window, rpb=rpb, kernel="gemm")
+    torch.testing.assert_close(scores, reference.qk(q, k, rpb, window, case.head_dim**-0.5), rtol=1e-5, atol=1e-5)
+    probs = scores.softmax(-1)
+    out = case.function("_av")(probs, v, **case.window, kernel="gemm")
+    torch.testing.assert_close(out, reference.av(probs, v, window), rtol=1e-5, atol=1e-5)
+
+
+def test_misaligned_rows_go_to_naive(on_the_cpu):
+    wide = torch.randn(2, 9, 10, 3, 1, 17, dtype=torch.float16)
+    q, k, v = (x[..., 1:] for x in wide.unbind(-3))
+    out = natrain.na2d(q, k, v, 3, kernel="gemm")
+    assert torch.equal(out, natrain.na2d(q, k, v, 3, kernel="naive"))
+
+
+def test_every_problem_of_the_frozen_sweep_has_a_tiling():
+    from natrain.bench.strata import frozen_cases
+
+    limited = functools.partial(choose_gemm_tiling, max_shared_bytes=163 * 1024)  # sm_80
+    for case in frozen_cases():
+        for primitive in ("qk", "av", "inverse"):
+            tiling = limited(primitive, case.spatial, case.window, case.head_dim, case.dtype)
+            assert tiling is not None and tiling.shared_bytes <= 163 * 1024, (primitive, case)
