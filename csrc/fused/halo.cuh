@@ -44,12 +44,13 @@ __device__ __forceinline__ void fetch_columns(unsigned shared, const Element* or
     const int x = x0 + x_thread;
     if (chunk(2) % AT_ONCE_X != 0 && x >= chunk(2)) break;
     const bool has_x = x_first + x < tile.length[2];
-    const Element* column = origin + stride.to[2] * (x_first + x) + piece * int(16 / sizeof(Element));
-    unsigned to = shared + y_thread * chunk(2) * Format::PITCH + Format::at(x, piece);
+    const Offset column = stride.to[2] * (x_first + x) + stride.to[1] * (y_first + y_thread) + stride.to[0] * z_first +
+                          piece * int(16 / sizeof(Element));
+    const unsigned to = shared + y_thread * chunk(2) * Format::PITCH + Format::at(x, piece);
 #pragma unroll
     for (int z = 0; z < chunk(0); ++z) {
       const bool has_z = has_x && z_first + z < tile.length[0];
-      const Element* from = column + stride.to[0] * (z_first + z) + stride.to[1] * (y_first + y_thread);
+      const Element* from = origin + (column + stride.to[0] * z);
 #pragma unroll
       for (int y = 0; y < chunk(1); y += AT_ONCE_Y) {
         if (chunk(1) % AT_ONCE_Y != 0 && y + y_thread >= chunk(1)) break;

@@ -185,6 +185,41 @@ class SumColumns {
   }
 };
 
+// Sums of weights of each row. 16-bit: of the weights as they are multiplied, rounded, by a product with ones, so that the
+// rounding of a large weight cancels when the output is divided by the sum. float32: of this lane's columns.
+template <class T>
+class RowSums {
+  float sums[4];
+
+ public:
+  __device__ __forceinline__ void reset() { sums[0] = sums[1] = sums[2] = sums[3] = 0; }
+  __device__ __forceinline__ void add(const float (&weights)[2][4]) {
+    const unsigned a[4] = {pack<T>(weights[0][0], weights[0][1]), pack<T>(weights[0][2], weights[0][3]),
+                           pack<T>(weights[1][0], weights[1][1]), pack<T>(weights[1][2], weights[1][3])};
+    const unsigned one = pack<T>(1, 1), ones[2] = {one, one};
+    Multiply<T>::add(sums, a, ones);
+  }
+  __device__ __forceinline__ void scale(int half, float factor) { sums[2 * half] *= factor, sums[2 * half + 1] *= factor; }
+  // Of row g + 8 * half, in all lanes that share it.
+  __device__ __forceinline__ float of(int half) const { return sums[2 * half]; }
+};
+template <>
+class RowSums<float> {
+  float sums[2];
+
+ public:
+  __device__ __forceinline__ void reset() { sums[0] = sums[1] = 0; }
+  __device__ __forceinline__ void add(const float (&weights)[2][4]) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i % 4 / 2] += weights[i / 4][i % 4];
+  }
+  __device__ __forceinline__ void scale(int half, float factor) { sums[half] *= factor; }
+  __device__ __forceinline__ float of(int half) const {
+    const float pair = sums[half] + __shfl_xor_sync(WARP, sums[half], 1);
+    return pair + __shfl_xor_sync(WARP, pair, 2);
+  }
+};
+
 // A tile of sums as 16 rows of DIM elements in shared memory at `offset`, times a factor for rows g and g + 8.
 template <int DIM>
 __device__ __forceinline__ void put_rows(const Shared& shared, unsigned offset, const float (&sums)[DIM / 8][4],

@@ -3,10 +3,12 @@
 // They are the accumulators that the products of rows and columns are added to, so that a mask and a bias cost no
 // instruction of their own. Scores are q . k + bias / scale: the scale comes in with the exponent, in one fma.
 //
-// NATRAIN_START_TABLE 1: a table in shared memory, built once a block. The bias depends on the difference of positions
-// along z and y, which is a line of the table, and along x on the row and the column, which is an entry of it; entries
-// are -inf where the column is not the row's along x. One more line is -inf throughout: a lane points to it where a line
-// is not its row's.
+// NATRAIN_START_TABLE 2, for small windows in one plane: a table in shared memory, built once a block, that holds for every
+// *class* of rows its lines one below the other, with lines of -inf between them. A row's class along y is where it stands
+// in its window (interior rows are all alike); a lane has one pointer, and the lines of its box follow at constant
+// distances whether they are in its window or not. Along x a class is that of a whole warp tile.
+// NATRAIN_START_TABLE 1: the table has a line for every difference of positions along z and y, an entry for every row's x
+// in the block and every column, and one more line of -inf, to which a lane points where a line is not its row's.
 // NATRAIN_START_TABLE 0, for windows whose table is too large: comparisons in groups of columns that lie on a window's
 // edge, none inside, and the bias from global memory.
 #pragma once
@@ -24,17 +26,17 @@ constexpr bool START_TABLE = NATRAIN_START_TABLE;
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 // score = scale * (q . k) + bias, as the kernels use it: log2(e) * score = exponent * (q' . k + bias * per_scale), where
-// q' is q, -q for a negative scale, or 0 for none (below 1e-30, where bias / scale might overflow).
+// q' is q, or -q for a negative scale. A scale of zero counts as 1e-20, so that bias / scale stays finite.
 struct Scale {
   float exponent, per_scale;
-  unsigned keep, flip;  // of the words of q
+  unsigned flip;  // of the words of q
+  static constexpr unsigned keep = ~0u;
 
   __device__ __forceinline__ explicit Scale(float scale) {
-    const float magnitude = fabsf(scale) < 1e-30f ? 0 : fabsf(scale);
-    exponent = (magnitude == 0 ? 1 : magnitude) * LOG2_E;
-    per_scale = magnitude == 0 ? 1 : 1 / magnitude;
-    keep = magnitude == 0 ? 0 : ~0u;
-    flip = magnitude == 0 || scale > 0 ? 0 : sizeof(Element) == 2 ? 0x80008000u : 0x80000000u;
+    const float magnitude = fmaxf(fabsf(scale), 1e-20f);
+    exponent = magnitude * LOG2_E;
+    per_scale = 1 / magnitude;
+    flip = scale >= 0 ? 0 : sizeof(Element) == 2 ? 0x80008000u : 0x80000000u;
   }
 };
 
@@ -86,7 +88,132 @@ __device__ __forceinline__ int bias_index(int axis, int row, int column) {
 // How the bias moves as the column does.
 constexpr int BIAS_SIGN = ROWS_ARE_KEYS ? -1 : 1;
 
-#if NATRAIN_START_TABLE
+#if NATRAIN_START_TABLE == 2
+
+// Baked in: NATRAIN_CLASSES_Y and _X, the most classes of a block; NATRAIN_CLASS_LINES, the most lines of a row;
+// NATRAIN_CLASS_MARGIN, lines of -inf before, between and after classes: a box begins at most so many lines before its
+// rows' first lines, and ends at most so many after a class's last.
+struct StartTable {
+  static constexpr int CLASSES_Y = NATRAIN_CLASSES_Y, CLASSES_X = NATRAIN_CLASSES_X;
+  static constexpr int MARGIN = NATRAIN_CLASS_MARGIN, SPACING = NATRAIN_CLASS_LINES + MARGIN;
+  static constexpr int LINES = CLASSES_Y * SPACING + MARGIN;
+  static constexpr int ROWS_Y = row_tile(1) * warps(1);
+  static constexpr int BLOCK_BYTES = CLASSES_X * row_tile(2) * 32;  // [class][row x of a tile][8 columns] float32
+  // Half a warp's rows in different lines must fall into different banks.
+  static constexpr int SPREAD = row_tile(2) < 4 ? row_tile(2) * 32 : 0;
+  static constexpr int RAW = box(2) / 8 * BLOCK_BYTES;
+  static constexpr int LINE_BYTES = SPREAD == 0 ? RAW : RAW + (SPREAD + 128 - RAW % 128) % 128;
+  // Behind the lines: the class of every row along y and of every warp along x, and the first that has a class.
+  static constexpr int CLASS_OF_Y = 0, CLASS_OF_X = ROWS_Y, FIRST_OF_Y = CLASS_OF_X + warps(2),
+                       FIRST_OF_X = FIRST_OF_Y + CLASSES_Y, ENTRIES = FIRST_OF_X + CLASSES_X;
+  static constexpr int BYTES = LINES * LINE_BYTES + (ENTRIES * 4 + 15) / 16 * 16;
+  static_assert(RESIDENT && box(0) == 1 && kernel_size(0) == 1 && ROWS_Y <= 32);
+
+  static __device__ __forceinline__ int* classes(unsigned char* table) {
+    return reinterpret_cast<int*>(table + LINES * LINE_BYTES);
+  }
+
+  // By all threads of the block; visible after the next barrier. `rpb`: float32 [heads, 2kz-1, 2ky-1, 2kx-1].
+  static __device__ __forceinline__ void fill(unsigned char* table, const Tile& tile, const float* rpb, float per_scale) {
+    int* const of = classes(table);
+    const int n_y = tile.length[1], n_x = tile.length[2];
+    if (threadIdx.x < 32) {
+      // Lane i looks at row i along y and at warp i along x; a class ends where a row differs from the one before.
+      const int lane = threadIdx.x, row = min(tile.block_first[1] + lane, n_y - 1);
+      const int first = first_column(1, row, n_y), count = end_column(1, row, n_y) - first;
+      const int kind = HAS_RPB ? (row - first) << 16 ^ count : count;
+      bool begins = __shfl_up_sync(WARP, kind, 1) != kind || lane == 0;
+      unsigned begin = __ballot_sync(WARP, begins && lane < ROWS_Y);
+      if (lane < ROWS_Y) {
+        of[CLASS_OF_Y + lane] = __popc(begin << (31 - lane)) - 1;
+        if (begins) of[FIRST_OF_Y + __popc(begin << (31 - lane)) - 1] = lane;
+      }
+      begins = lane == 0;
+      const int warp_first = min(tile.block_first[2] + lane * row_tile(2), n_x - 1), from = first_column(2, warp_first, n_x);
+#pragma unroll 1
+      for (int x = 0; x < row_tile(2); ++x) {
+        const int at = min(tile.block_first[2] + lane * row_tile(2) + x, n_x - 1);
+        const int window = (first_column(2, at, n_x) - from) << 16 ^ (end_column(2, at, n_x) - from);
+        const int offset = HAS_RPB ? at - from : 0;
+        begins = (__shfl_up_sync(WARP, window, 1) != window) | (__shfl_up_sync(WARP, offset, 1) != offset) | begins;
+      }
+      begin = __ballot_sync(WARP, begins && lane < warps(2));
+      if (lane < warps(2)) {
+        of[CLASS_OF_X + lane] = __popc(begin << (31 - lane)) - 1;
+        if (begins) of[FIRST_OF_X + __popc(begin << (31 - lane)) - 1] = lane;
+      }
+      // Classes that this block lacks repeat the last one.
+      for (int i = of[CLASS_OF_Y + ROWS_Y - 1] + 1 + lane; i < CLASSES_Y; i += 32) of[FIRST_OF_Y + i] = ROWS_Y - 1;
+      __syncwarp();
+      for (int i = __popc(begin) + lane; i < CLASSES_X; i += 32) of[FIRST_OF_X + i] = warps(2) - 1;
+    }
+    __syncthreads();
+    constexpr int FLOATS = LINE_BYTES / 4;
+    for (int entry = threadIdx.x; entry < LINES * FLOATS; entry += THREADS) {
+      const int line = entry / FLOATS - MARGIN, at = entry % FLOATS;
+      const int block = at / (BLOCK_BYTES / 4), row_x = at / 8 % (CLASSES_X * row_tile(2));
+      float value = MINUS_INFINITY;
+      if (line >= 0 && block < box(2) / 8) {
+        const int y = min(tile.block_first[1] + of[FIRST_OF_Y + line / SPACING], n_y - 1);
+        const int warp_first = tile.block_first[2] + of[FIRST_OF_X + row_x / row_tile(2)] * row_tile(2);
+        const int x = min(warp_first + row_x % row_tile(2), n_x - 1);
+        const int y_column = first_column(1, y, n_y) + line % SPACING;
+        const int x_column = first_column(2, min(warp_first, n_x - 1), n_x) + block * 8 + at % 8;
+        const bool valid = y_column < end_column(1, y, n_y) && x_column >= first_column(2, x, n_x) &&
+                           x_column < end_column(2, x, n_x);
+        if (valid)
+          value = HAS_RPB ? __ldg(rpb + ((long long)tile.head * BIAS_LINES + bias_index(1, y, y_column)) * BIAS_X +
+                                  bias_index(2, x, x_column)) * per_scale
+                          : 0.f;
+      }
+      reinterpret_cast<float*>(table)[entry] = value;
+    }
+    __syncthreads();
+  }
+};
+
+class Start {
+  unsigned entry[2];  // of rows g and g + 8: this lane's entry in line 0 of its class
+  unsigned first[2];  // the same in the step's first line
+
+ public:
+  __device__ __forceinline__ Start(const Tile&, unsigned table_offset) {
+    NATRAIN_DYNAMIC_SHARED(bytes);
+    const int* const of = StartTable::classes(bytes + table_offset);
+    const int warp = threadIdx.x / 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = threadIdx.x % 32 / 4 + 8 * half;
+      const int row_y = warp / warps(2) % warps(1) * row_tile(1) + row_coordinate(1, r);
+      const int line = of[StartTable::CLASS_OF_Y + row_y] * StartTable::SPACING + StartTable::MARGIN;
+      const int row_x = of[StartTable::CLASS_OF_X + warp % warps(2)] * row_tile(2) + row_coordinate(2, r);
+      entry[half] = table_offset + line * StartTable::LINE_BYTES + row_x * 32 + threadIdx.x % 4 * 8;
+    }
+  }
+
+  // The step whose first line is at `z`, `y` of the halo.
+  __device__ __forceinline__ void to_step(const LaneRows& rows, int, int y, int) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) first[half] = entry[half] + (y - rows.first[half][1]) * StartTable::LINE_BYTES;
+  }
+
+  __device__ static constexpr bool is_empty(int) { return false; }
+
+  // Start values of group u of the step.
+  __device__ __forceinline__ void load(const Shared& shared, int u, float (&start)[2][4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int second = i / 2, half = i % 2;
+      const float2 pair = *reinterpret_cast<const float2*>(
+          shared.bytes + first[half] + group_line(u, second) * StartTable::LINE_BYTES +
+          group_x(u, second) / 8 * StartTable::BLOCK_BYTES);
+      start[second][2 * half] = pair.x;
+      start[second][2 * half + 1] = pair.y;
+    }
+  }
+};
+
+#elif NATRAIN_START_TABLE
 
 struct StartTable {
   static constexpr int LINES = HAS_RPB ? BIAS_LINES : 1;
@@ -122,13 +249,12 @@ struct StartTable {
 };
 
 class Start {
-  unsigned table;      // bytes from the start of shared memory
   unsigned entry[2];   // of rows g and g + 8: this lane's entry in a line
   unsigned lines[2];   // lines of the step that are the row's
   unsigned first[2];   // the entry in the table's line of the step's first line
 
  public:
-  __device__ __forceinline__ Start(const Tile& tile, unsigned table_offset) : table(table_offset) {
+  __device__ __forceinline__ Start(const Tile&, unsigned table_offset) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = threadIdx.x % 32 / 4 + 8 * half;

@@ -125,7 +125,7 @@ def _part(entry: str, problem: Problem, constants: _Constants, plan: Plan, geome
 
 def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Part:
     space = _space(problem)
-    demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype.itemsize)
+    demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype)
     plan = choose_plan(space, demands, device)
     return _part("forward", problem, constants, plan, plan.geometry(space))
 

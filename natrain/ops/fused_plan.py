@@ -76,6 +76,7 @@ class Demands:
         rows: head dims that share the buffer of a warp's 16 rows (its size is that of the largest).
         row_buffers: such buffers a warp and stage.
         column_bytes: further bytes a column that are staged.
+        fewest_stages: 1 where a kernel can wait for what it fetches.
         registers: of a thread, besides those of scores.
         per_group: registers of 16 columns of scores.
         most_groups: groups of 16 columns that fit the registers at once.
@@ -89,14 +90,19 @@ class Demands:
     row_buffers: int = 1
     column_bytes: int = 0
     rows_are_keys: bool = False
+    fewest_stages: int = 2
 
     @staticmethod
-    def of_forward(head_dim: int, value_dim: int, itemsize: int) -> Demands:
-        """Of csrc/fused/forward.cu."""
-        held = head_dim * itemsize // 8
-        registers = (held if held <= 48 else 4) + value_dim // 2 + 48
+    def of_forward(head_dim: int, value_dim: int, dtype: torch.dtype) -> Demands:
+        """Of csrc/fused/forward.cu; only float16 keeps all scores of a step until their maximum is known."""
+        held = head_dim * dtype.itemsize // 8
+        registers = (held if held <= 48 else 4) + value_dim // 2
+        dims = (head_dim, value_dim)
+        if dtype is not torch.float16:
+            return Demands(dims, dims, registers + 56, per_group=0, most_groups=16, fewest_stages=1)
+        registers += 48
         most = 8 if registers + 8 * 8 <= 168 else 4 if registers + 4 * 8 <= 232 else 2
-        return Demands((head_dim, value_dim), (head_dim, value_dim), registers, most_groups=most)
+        return Demands(dims, dims, registers, most_groups=most, fewest_stages=1)
 
     def row_buffer(self, itemsize: int) -> int:
         return self.row_buffers * 16 * max(row_pitch(dim, itemsize) for dim in self.rows)
@@ -152,6 +158,63 @@ def box_offset(axis: Axis, rows_are_keys: bool, tile: int, warps: int) -> int:
     return most
 
 
+@dataclass(frozen=True)
+class Classes:
+    """Kinds of rows in a block, by where they stand in their windows (table 2 of csrc/fused/start.cuh)."""
+
+    y: int
+    x: int
+    lines: int
+    margin: int
+
+    @staticmethod
+    def of(space: Space, rows_are_keys: bool, row_tile, warps, box) -> Classes:
+        """The most that any block has."""
+        _, axis_y, axis_x = space.axes
+        lines, before = _lines_of_classes(axis_y, rows_are_keys, row_tile[1])
+        return Classes(
+            _most_classes(axis_y, rows_are_keys, 1, row_tile[1] * warps[1], space.has_rpb),
+            _most_classes(axis_x, rows_are_keys, row_tile[2], warps[2], space.has_rpb),
+            lines,
+            max(before, box[1] - lines),
+        )
+
+    def bytes(self, row_tile, warps, box) -> int:
+        """Of ``StartTable``."""
+        line = box[2] // 8 * self.x * row_tile[2] * 32
+        if row_tile[2] < 4:
+            line += (row_tile[2] * 32 + 128 - line % 128) % 128
+        entries = row_tile[1] * warps[1] + warps[2] + self.y + self.x
+        return (self.y * (self.lines + self.margin) + self.margin) * line + _ceil(4 * entries, 16)
+
+
+@functools.lru_cache(maxsize=65536)
+def _lines_of_classes(axis: Axis, rows_are_keys: bool, tile: int) -> tuple[int, int]:
+    """Most columns of a row, and how many lines a box begins before them at most."""
+    most = before = 0
+    for n in axis.group_lengths:
+        first, end = columns_of_rows(axis, n, rows_are_keys)
+        most = max(most, int((end - first).max()))
+        before = max(before, int((first - first[torch.arange(n) // tile * tile]).max()))
+    return most, before
+
+
+@functools.lru_cache(maxsize=65536)
+def _most_classes(axis: Axis, rows_are_keys: bool, size: int, count: int, has_rpb: bool) -> int:
+    """Runs of equal units in a block of ``count`` units of ``size`` rows, as seen from a unit's first column."""
+    most = 1
+    for n in axis.group_lengths:
+        first, end = columns_of_rows(axis, n, rows_are_keys)
+        starts = torch.arange(0, n, size * count)
+        unit = (starts[:, None] + torch.arange(count) * size)[..., None]
+        rows = (unit + torch.arange(size)).clamp(max=n - 1)
+        origin = first[unit.clamp(max=n - 1)]
+        kinds = torch.stack([first[rows] - origin, end[rows] - origin, (rows - origin) * has_rpb], -1)
+        changes = (kinds[:, 1:] != kinds[:, :-1]).flatten(2).any(-1)
+        most = max(most, 1 + int(changes.sum(1).max()) if count > 1 else 1)
+    return most
+
+
 def _ceil(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
@@ -167,7 +230,8 @@ class Plan:
     step: tuple[int, int, int]
     resident: bool
     chunked_x: bool
-    start_table: bool
+    start_table: int
+    classes: Classes | None
     stages: int
     min_blocks: int
     shared_bytes: int
@@ -195,12 +259,19 @@ class Plan:
         defines |= {
             "NATRAIN_RESIDENT": int(self.resident),
             "NATRAIN_CHUNKED_X": int(self.chunked_x),
-            "NATRAIN_START_TABLE": int(self.start_table),
+            "NATRAIN_START_TABLE": self.start_table,
             "NATRAIN_STAGES": self.stages,
             "NATRAIN_MIN_BLOCKS": self.min_blocks,
             "NATRAIN_SHARED_BYTES": self.shared_bytes,
             "NATRAIN_ROWS_ARE_KEYS": int(self.rows_are_keys),
         }
+        if self.classes is not None:
+            defines |= {
+                "NATRAIN_CLASSES_Y": self.classes.y,
+                "NATRAIN_CLASSES_X": self.classes.x,
+                "NATRAIN_CLASS_LINES": self.classes.lines,
+                "NATRAIN_CLASS_MARGIN": self.classes.margin,
+            }
         return defines
 
     def geometry(self, problem: Space) -> bytes:
@@ -300,10 +371,16 @@ def _staged(space, demands, device, row_tile, box, warps) -> Iterator[Plan]:
     halo[2] = _ceil(halo[2], line_multiple)
     table = table_bytes(space, row_tile, warps, box[2])
     lines = box[0] * box[1]
-    has_table = table <= _TABLE_BYTES
+    has_table = int(table <= _TABLE_BYTES)
     groups = math.prod(box) // 16
+    if groups <= demands.most_groups and box[0] == space.axes[0].kernel_size == 1 and row_tile[1] * warps[1] <= 32:
+        classes = Classes.of(space, demands.rows_are_keys, row_tile, warps, box)
+        if classes.bytes(row_tile, warps, box) <= _TABLE_BYTES:
+            yield from _finished(
+                space, demands, device, row_tile, warps, box, tuple(halo), box, True, False, 2, offsets, classes
+            )
     if groups <= demands.most_groups and lines <= 32 and has_table:
-        yield from _finished(space, demands, device, row_tile, warps, box, tuple(halo), box, True, False, True, offsets)
+        yield from _finished(space, demands, device, row_tile, warps, box, tuple(halo), box, True, False, 1, offsets)
     # In chunks, with an online softmax from step to step; fewer columns a step where shared memory holds no more.
     for step_groups in (4, 2, 1):
         if step_groups > demands.most_groups:
@@ -315,7 +392,7 @@ def _staged(space, demands, device, row_tile, box, warps) -> Iterator[Plan]:
         if box[2] % 16 == 0:
             chunk = (1, 1, 16 * step_groups)
             in_columns = list(
-                _finished(space, demands, device, row_tile, warps, box, chunk, chunk, False, True, False, offsets)
+                _finished(space, demands, device, row_tile, warps, box, chunk, chunk, False, True, 0, offsets)
             )
             yield from in_columns
             if in_columns:
@@ -340,7 +417,7 @@ def _in_lines(space, demands, device, row_tile, warps, box, halo, step_groups, h
 
 
 def _finished(
-    space, demands, device, row_tile, warps, box, chunk, step, resident, chunked_x, has_table, offsets
+    space, demands, device, row_tile, warps, box, chunk, step, resident, chunked_x, start_table, offsets, classes=None
 ) -> Iterator[Plan]:
     per_sm, per_block = shared_capacity(device.capability)
     per_token = sum(row_pitch(dim, space.itemsize) for dim in demands.columns) + demands.column_bytes
@@ -348,15 +425,19 @@ def _finished(
     if 32 * warp_count < max(demands.columns) * space.itemsize // 16:
         return
     stage = _ceil(math.prod(chunk) * per_token, 128) + warp_count * demands.row_buffer(space.itemsize)
-    table = table_bytes(space, row_tile, warps, box[2]) if has_table else 0
+    table = 0
+    if start_table:
+        table = classes.bytes(row_tile, warps, box) if classes else table_bytes(space, row_tile, warps, box[2])
     groups = math.prod(step) // 16
-    registers = min(255, demands.registers + demands.per_group * groups)
+    # Pointers into the table, one a line and half, that the compiler keeps from image to image.
+    pointers = 2 * math.prod(step[:2]) if start_table == 1 and resident else 0
+    registers = min(255, demands.registers + demands.per_group * groups + min(pointers, 16))
     tiles = tuple(
         -(-axis.group_lengths[0] // (tile * count))
         for axis, tile, count in zip(space.axes, row_tile, warps, strict=True)
     )
     combinations = space.heads * math.prod(count * axis.dilation for count, axis in zip(tiles, space.axes, strict=True))
-    for stages in (2, 3):
+    for stages in range(demands.fewest_stages, 4):
         shared = stages * stage + table
         if shared > per_block:
             break
@@ -390,8 +471,8 @@ def _finished(
         splits, rounds = _splits(space.batch, combinations, device.multiprocessors * min_blocks)
         cost = rounds * cycles * min_blocks
         yield Plan(
-            row_tile, warps, box, chunk, step, resident, chunked_x, has_table, stages, min_blocks, shared, tiles,
-            splits, combinations * splits, demands.rows_are_keys, cost,
+            row_tile, warps, box, chunk, step, resident, chunked_x, start_table, classes, stages, min_blocks, shared,
+            tiles, splits, combinations * splits, demands.rows_are_keys, cost,
         )  # fmt: skip
 
 
