@@ -14,8 +14,8 @@ from natrain.report.blocks import Page, Section, Table
 
 # Shown once for all folders; what differs between sessions is listed.
 _ENVIRONMENT = (
-    "device", "count", "threads", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "natrain",
-    "commit", "torch", "cuda", "timm", "natten", "python", "platform", "command",
+    "device", "count", "threads", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit",
+    "temperature.gpu", "natrain", "commit", "torch", "cuda", "timm", "natten", "python", "platform", "command",
 )  # fmt: skip
 
 

@@ -9,20 +9,26 @@ from natrain.report.blocks import Chart, Page, Section, Table, column_is_numeric
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem; max-width: 75rem; }
-h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc; } h3 { font-size: 1rem; margin: .6rem 0; }
-nav a { margin-right: 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; padding: 1rem;
+  max-width: 75rem; }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #ccc; }
+h3 { font-size: 1rem; margin: .6rem 0; } nav a { margin-right: 1rem; }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 29rem), 1fr)); gap: 1.2rem; }
+.small { display: flex; flex-wrap: wrap; gap: 0 2.5rem; } .small > div { max-width: 100%; }
 figure { margin: 0; break-inside: avoid; } figure svg { width: 100%; height: auto; max-width: 46rem; }
 figcaption, .note { color: #444; font-size: .9rem; }
-.scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; }
+.scroll { overflow: auto; max-height: 34rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; } td.number, th.number { text-align: right; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; }
+td.number, th.number { text-align: right; }
 th { position: sticky; top: 0; background: #f3f3f3; white-space: nowrap; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid #0072B2; }
-th[aria-sort=ascending] button::after { content: " \\25B2"; } th[aria-sort=descending] button::after { content: " \\25BC"; }
-@media print { .scroll { max-height: none; overflow: visible; } nav, .data { display: none; } th { position: static; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } body { max-width: none; font-size: 11px; } }
+th[aria-sort=ascending] button::after { content: " \\25B2"; }
+th[aria-sort=descending] button::after { content: " \\25BC"; }
+@media print {
+  .scroll { max-height: none; overflow: visible; } nav, .data { display: none; } th { position: static; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } body { max-width: none; font-size: 11px; }
+}
 """
 _SCRIPT = """
 for (const button of document.querySelectorAll("th button")) button.addEventListener("click", () => {
@@ -57,13 +63,19 @@ def html(page: Page) -> str:
 
 
 def _section(index: int, section: Section) -> str:
-    charts = [block for block in section.blocks if isinstance(block, Chart)]
+    charts = "".join(_chart(block) for block in section.blocks if isinstance(block, Chart))
     tables = [block for block in section.blocks if isinstance(block, Table)]
-    text = f"<p>{escape(section.text)}</p>" if section.text else ""
-    drawn = f'<div class="charts">{"".join(map(_chart, charts))}</div>' if charts else ""
-    return (
-        f'<section id="s{index}"><h2>{escape(section.title)}</h2>{text}{"".join(map(_table, tables))}{drawn}</section>'
-    )
+    small = "".join(f"<div>{_table(table)}</div>" for table in tables if _is_small(table))
+    parts = [f"<h2>{escape(section.title)}</h2>", f"<p>{escape(section.text)}</p>" if section.text else ""]
+    parts += [_table(table) for table in tables if not _is_small(table)]
+    parts += [f'<div class="small">{small}</div>'] if small else []
+    parts += [f'<div class="charts">{charts}</div>'] if charts else []
+    return f'<section id="s{index}">{"".join(parts)}</section>'
+
+
+def _is_small(table: Table) -> bool:
+    """Whether several fit side by side."""
+    return len(table.columns) <= 6 and len(table.rows) <= 6
 
 
 def _data_link(table: Table) -> str:
@@ -73,7 +85,8 @@ def _data_link(table: Table) -> str:
 
 def _chart(chart: Chart) -> str:
     note = f"{escape(chart.note)} " if chart.note else ""
-    return f"<figure><h3>{escape(chart.title)}</h3>{chart.svg}<figcaption>{note}{_data_link(chart.data)}</figcaption></figure>"
+    caption = f"<figcaption>{note}{_data_link(chart.data)}</figcaption>"
+    return f"<figure><h3>{escape(chart.title)}</h3>{chart.svg}{caption}</figure>"
 
 
 def _table(table: Table) -> str:

@@ -97,8 +97,8 @@ def sections(results: Results, ceilings: Mapping[str, object]) -> list[Section]:
 
 
 _GAIN_TEXT = (
-    "Gain: the baseline's time over the contender's, less one; over problems the arithmetic mean, minimum and maximum, as "
-    "the paper's tables 3 and 4 give it (arXiv 2403.04690), with the geometric mean of the speed-up beside it."
+    "Gain: the baseline's time over the contender's, less one; over problems the arithmetic mean, minimum and maximum, "
+    "as the paper's tables 3 and 4 give it (arXiv 2403.04690), with the geometric mean of the speed-up beside it."
 )
 _WIN_TEXT = "Percentage of problems on which the row is faster than the column, as in the paper's tables 1 and 2."
 _HEAT_TEXT = (
@@ -156,16 +156,18 @@ def _gains(results: Results) -> list[Table]:
 def _distributions(results: Results) -> list[Chart]:
     charts = []
     for direction in DIRECTIONS:
-        series, rows = {}, []
+        series, rows, kinds = {}, [], {}
         for op, dtype, which in results.groups:
             for arm in results.arms[1:]:
                 found = results.speed_ups(arm, (op, dtype, which)) if which == direction else []
                 if found:
-                    series[f"{arm} {op} {dtype}"] = [(ratio, f"{case.name}: {ratio:.2f}x") for case, _, ratio in found]
+                    name = f"{arm} {op} {dtype}"
+                    series[name] = [(ratio, f"{case.name}: {ratio:.2f}x") for case, _, ratio in found]
+                    kinds[name] = results.arms.index(arm)
                     rows += [(arm, case.name, _rounded(ratio, 4)) for case, _, ratio in found]
         if series:
             title = f"Speed-up over {results.baseline}, {direction}"
-            picture = svg.strips(title, series, f"times as fast as {results.baseline} (logarithmic)", 1.0)
+            picture = svg.strips(title, series, kinds, f"times as fast as {results.baseline} (logarithmic)", 1.0)
             data = Table(f"distribution-{direction}", title, ("kernel", "problem", "speed-up"), tuple(rows))
             charts.append(Chart(data.name, title, picture, data, "A mark is a problem; the box holds the middle half."))
     return charts
@@ -333,7 +335,8 @@ def summary(results: Results) -> list[str]:
             if ratios:
                 share = 100 * sum(ratio > 1 for ratio in ratios) / len(ratios)
                 lines.append(
-                    f"{arm}, {direction}: {geometric_mean(ratios):.2f} times as fast as {results.baseline} (geometric mean "
-                    f"over {len(ratios)} problems; {min(ratios):.2f} to {max(ratios):.2f}; faster on {share:.0f} %)"
+                    f"{arm}, {direction}: {geometric_mean(ratios):.2f} times as fast as {results.baseline} "
+                    f"(geometric mean over {len(ratios)} problems; {min(ratios):.2f} to {max(ratios):.2f}; faster on "
+                    f"{share:.0f} %)"
                 )
     return lines

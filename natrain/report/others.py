@@ -52,8 +52,9 @@ def model_sections(rows: Sequence[Mapping[str, str]], baseline: str) -> list[Sec
                 )
                 for row in timed
             ),
-            "Drift: relative difference from the reference kernel with the same weights and data; in inference of the "
-            "logits, in training the largest of ten steps' losses.",
+            "Attention: all attention layers alone, as a share of the step. Drift: relative difference from the "
+            "reference kernel with the same weights and data; in inference of the logits, in training the largest of "
+            "ten losses.",
         )
         blocks: list[Table | Chart] = [table] if table.rows else []
         if timed:

@@ -130,7 +130,7 @@ def scatter(
     joined: bool = False,
     is_log: bool = True,
 ) -> str:
-    """Points (x, y, title) of each series; ``ceilings`` are named lines that points lie under; ``joined`` draws lines."""
+    """Points (x, y, title) of each series, ``joined`` by lines or not; ``ceilings`` are named lines above them."""
     height = 400
     points = [point for own in series.values() for point in own]
     lines = [corner for _, corners in ceilings for corner in corners]
@@ -152,8 +152,17 @@ def scatter(
     return document(_WIDTH, height, title, "".join(parts))
 
 
-def strips(title: str, series: Mapping[str, Sequence[tuple[float, str]]], x_title: str, reference: float) -> str:
-    """A row a series: every value as a mark, a box over the middle half and its median; ``reference`` as a line."""
+def strips(
+    title: str,
+    series: Mapping[str, Sequence[tuple[float, str]]],
+    kinds: Mapping[str, int],
+    x_title: str,
+    reference: float,
+) -> str:
+    """A row a series: every value as a mark, a box over the middle half and its median; ``reference`` as a line.
+
+    Series of one of ``kinds`` share their mark.
+    """
     row, top = 54, 12
     height = top + row * len(series) + 48
     left = 20 + 7.5 * max(map(len, series))
@@ -166,8 +175,8 @@ def strips(title: str, series: Mapping[str, Sequence[tuple[float, str]]], x_titl
         parts.append(_text(x.at(value), y.start + 16, f"{number(value)}x", "middle"))
     parts.append(_line(x.at(reference), y.start, x.at(reference), y.end, _INK, 'stroke-width="1.5"'))
     parts.append(_text((x.start + x.end) / 2, y.start + 38, x_title, "middle"))
-    for index, (name, own) in enumerate(series.items()):
-        middle = top + row * (index + 0.5)
+    for place, (name, own) in enumerate(series.items()):
+        middle, index = top + row * (place + 0.5), kinds[name]
         ordered = sorted(value for value, _ in own)
         low, median, high = (_quantile(ordered, share) for share in (0.25, 0.5, 0.75))
         parts.append(_text(left - 8, middle + 4, name, "end"))
@@ -175,9 +184,10 @@ def strips(title: str, series: Mapping[str, Sequence[tuple[float, str]]], x_titl
             # Marks of near values are spread over the row in a fixed pattern.
             offset = ((order * 0.618034) % 1 - 0.5) * row * 0.6
             parts.append(mark(index, x.at(value), middle + offset, text, 2.5, 0.5))
+        width = max(1.0, x.at(high) - x.at(low))
         parts.append(
-            f'<rect x="{x.at(low):.1f}" y="{middle - 11:.1f}" width="{max(1.0, x.at(high) - x.at(low)):.1f}" height="22" '
-            f'fill="#FFFFFF" fill-opacity="0.55" stroke="{_INK}"><title>{escape(name)}: the middle half lies between '
+            f'<rect x="{x.at(low):.1f}" y="{middle - 11:.1f}" width="{width:.1f}" height="22" fill="#FFFFFF" '
+            f'fill-opacity="0.55" stroke="{_INK}"><title>{escape(name)}: the middle half lies between '
             f"{low:.2f}x and {high:.2f}x</title></rect>"
         )
         parts.append(_line(x.at(median), middle - 11, x.at(median), middle + 11, _INK, 'stroke-width="2.5"'))
@@ -224,9 +234,10 @@ def heat_map(
             ratio, count = cells[row, column]
             fill, ink = diverging(ratio)
             x = left + width * j
+            said = escape(f"{y_title} {row}, {x_title} {column}: {ratio:.2f}x over {count} problems")
             parts.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="{row_height - 2}" fill="{fill}" stroke="#999">'
-                f"<title>{escape(f'{y_title} {row}, {x_title} {column}: {ratio:.2f}x over {count} problems')}</title></rect>"
+                f'<rect x="{x:.1f}" y="{y}" width="{width - 2:.1f}" height="{row_height - 2}" fill="{fill}" '
+                f'stroke="#999"><title>{said}</title></rect>'
             )
             parts.append(_text(x + width / 2 - 1, y + 19, f"{ratio:.3g}x", "middle", f'fill="{ink}" font-size="12"'))
     for j, column in enumerate(columns):
@@ -263,10 +274,10 @@ def bars(title: str, series: Mapping[str, Mapping[str, tuple[float, float, float
                 continue
             value, low, high = own[group]
             colour = COLOURS[j % len(COLOURS)]
-            at = y + thick * j
+            at, said = y + thick * j, escape(f"{group}, {name}: {value:,.4g} ({low:,.4g} to {high:,.4g})")
             parts.append(
-                f'<rect x="{left:.1f}" y="{at:.1f}" width="{x.at(value) - left:.1f}" height="{thick - 2}" fill="{colour}">'
-                f"<title>{escape(f'{group}, {name}: {value:,.4g} ({low:,.4g} to {high:,.4g})')}</title></rect>"
+                f'<rect x="{left:.1f}" y="{at:.1f}" width="{x.at(value) - left:.1f}" height="{thick - 2}" '
+                f'fill="{colour}"><title>{said}</title></rect>'
             )
             parts.append(_line(x.at(low), at + thick / 2 - 1, x.at(high), at + thick / 2 - 1, _INK, 'stroke-width="2"'))
             parts.append(_text(x.at(high) + 5, at + thick - 4, number(value), "start", 'font-size="11"'))
