@@ -498,4 +498,9 @@ def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
     Raises:
         ValueError: none is legal (a device with little shared memory, a large head dim).
     """
-    return min(candidates(space, demands, device), key=lambda plan: (plan.cost, plan.stages, plan.shared_bytes))
+    plans = candidates(space, demands, device)
+    plan = min(plans, key=lambda plan: (plan.cost, plan.stages, plan.shared_bytes), default=None)
+    if plan is None:
+        _, most = shared_capacity(device.capability)
+        raise ValueError(f"a block has {most} bytes of shared memory, too few for rows of {demands.columns} elements")
+    return plan

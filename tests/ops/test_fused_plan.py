@@ -1,0 +1,108 @@
+"""Plans of the fused kernels: every column of every row lies where the kernel looks for it, found by walking all tiles
+in plain integers with the oracle's windows."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan, shared_capacity
+from natrain.ops.problem import Window
+from tests.ops import oracle
+
+
+def _space(spatial, kernel_size, dilation=1, stride=1, is_causal=False, dtype=torch.half):
+    def per_axis(value):
+        return value if isinstance(value, tuple) else (value,) * len(spatial)
+
+    window = Window(per_axis(kernel_size), per_axis(dilation), per_axis(stride), per_axis(is_causal))
+    return Space.of(spatial, window, 3, 2, 2, dtype, has_rpb=True)
+
+
+SPACES = [
+    _space((56, 56), 7),
+    _space((29, 30), (7, 5), dilation=(1, 3)),
+    _space((17, 23), (5, 4), stride=(3, 2)),
+    _space((17, 23), (5, 9), is_causal=(True, False)),
+    _space((7, 7), 7),
+    _space((150,), 63),
+    _space((150,), 20, dilation=3, stride=7, is_causal=True),
+    _space((6, 9, 11), (3, 5, 4), stride=(1, 2, 1)),
+    _space((64, 64), 13),
+    _space((90, 90), 63),
+]
+
+
+def _columns(axis, n: int, rows_are_keys: bool) -> list[tuple[int, int]]:
+    """First column and one past the last of every row."""
+    windows = [oracle.window_of(p, n, axis.kernel_size, axis.stride, axis.is_causal) for p in range(n)]
+    if not rows_are_keys:
+        return windows
+    queries = [[i for i, (start, end) in enumerate(windows) if start <= key < end] for key in range(n)]
+    return [(found[0], found[-1] + 1) for found in queries]
+
+
+def _sample(space: Space, demands: Demands, count: int = 12) -> list[Plan]:
+    plans = list(candidates(space, demands, Device()))
+    return random.Random(0).sample(plans, min(count, len(plans)))
+
+
+@pytest.mark.parametrize("rows_are_keys", [False, True])
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_boxes_and_chunks_hold_every_column(space, rows_are_keys):
+    demands = Demands((32, 32), (32,), 64, rows_are_keys=rows_are_keys)
+    for plan in _sample(space, demands):
+        for a, axis in enumerate(space.axes):
+            tile, warps = plan.row_tile[a], plan.warps[a]
+            for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
+                columns = _columns(axis, n, rows_are_keys)
+                for row in range(n):
+                    warp_first = row // tile * tile
+                    box = columns[warp_first][0]
+                    assert box <= columns[row][0] and columns[row][1] <= box + plan.box[a]
+                    offset = box - columns[row // (tile * warps) * tile * warps][0]
+                    if plan.resident or (a == 2 and not plan.chunked_x):
+                        assert 0 <= offset and offset + plan.box[a] <= plan.chunk[a]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_classes_are_as_many_as_any_block_has(space):
+    for plan in _sample(space, Demands.of_forward(32, 32, torch.bfloat16), 400):
+        if plan.classes is None:
+            continue
+        _, axis, axis_x = space.axes
+        rows_of_block, margin = plan.row_tile[1] * plan.warps[1], plan.classes.margin
+        for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
+            columns = _columns(axis, n, False)
+            kinds = [(row - first, end - first) for row, (first, end) in enumerate(columns)]
+            for block in range(0, n, rows_of_block):
+                assert len(list(itertools.groupby(kinds[block : block + rows_of_block]))) <= plan.classes.y
+            for row, (first, end) in enumerate(columns):
+                box = columns[row // plan.row_tile[1] * plan.row_tile[1]][0]
+                assert end - first <= plan.classes.lines and first - box <= margin
+                # The box's last line is before the next class's first.
+                assert box + plan.box[1] - first <= plan.classes.lines + margin
+        assert plan.classes.x <= plan.warps[2]
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_head_dim_has_a_plan_that_fits(capability, dtype):
+    _, most = shared_capacity(capability)
+    for head_dim in (8, 24, 32, 64, 72, 128, 256):
+        if dtype is torch.float32 and head_dim == 256 and capability == (8, 6):
+            continue  # two matrices of 16 rows and two of 16 columns, of 1 KB each, are more than it has
+        for space in (_space((56, 56), 7, dtype=dtype), _space((300,), 127, dtype=dtype)):
+            plan = choose_plan(space, Demands.of_forward(head_dim, head_dim, dtype), Device(capability))
+            assert plan.shared_bytes <= most and plan.threads * plan.min_blocks <= 2048
+            assert plan.grid == plan.splits * space.heads * math.prod(plan.tiles)
+
+
+def test_no_plan_says_so():
+    space = _space((300,), 127, dtype=torch.float32)
+    with pytest.raises(ValueError, match="shared memory"):
+        choose_plan(space, Demands((4096, 4096), (4096,), 64), Device())
