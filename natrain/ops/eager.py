@@ -94,7 +94,7 @@ def look(check: Callable, tensors: Sequence[Tensor], rpb: Any, key_mask: Any, op
     for x in (*tensors, rpb, key_mask):
         if x is None:
             key.append(None)
-        elif type(x) in _PLAIN_TYPES:
+        elif type(x) in _PLAIN_TYPES and not x.is_neg():  # negated when the dispatcher sees it
             key += (x.shape, x.dtype, x.device)
             is_recorded = is_recorded or x.requires_grad
         else:
@@ -181,7 +181,8 @@ class _Fused(torch.autograd.Function):
             run = replace(call.run, kernel=kernel.name)
             return None, None, *attention.fused_gradients(run, d_out, d_lse, saved)
         rpb, key_mask, seed, out, lse, *tensors = saved
-        d_out = torch.zeros_like(out) if d_out is None else d_out
+        d_lse = None if d_lse is None else d_lse.resolve_neg()
+        d_out = torch.zeros_like(out) if d_out is None else d_out.resolve_neg()
         d_tensors, d_rpb = attention.run_fused_backward(
             kernel, call.problem, call.run, d_out, d_lse, tensors, rpb, key_mask, out, lse, seed
         )
@@ -211,7 +212,8 @@ class _Probs(torch.autograd.Function):
             run = replace(call.run, kernel=kernel.name)
             return None, None, *attention.probs_gradients(run, d_out, d_lse, saved)
         rpb, _, seed, probs, *tensors = saved
-        d_out = attention.zeros_of_out(tensors) if d_out is None else d_out
+        d_lse = None if d_lse is None else d_lse.resolve_neg()
+        d_out = attention.zeros_of_out(tensors) if d_out is None else d_out.resolve_neg()
         d_tensors, d_rpb = attention.run_probs_backward(
             kernel, call.problem, call.run, d_out, d_lse, tensors, probs, seed
         )

@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import natrain
+from natrain.jit import host
 from natrain.ops import eager, functional, registry
 from natrain.ops.registry import FusedKernel, Limits
 from tests.ops.test_operators import Fused, Loops, Whole
 
+NEEDS_COMPILER = pytest.mark.skipif(host.find_compiler() is None, reason=f"no C++ compiler: {host.REMEDY}")
 KINDS = ["reference", "loops", "whole", "fused_test"]
 
 
@@ -210,6 +212,21 @@ def test_lists_and_inference_mode_and_no_grad():
     q, k, v, _ = inputs
     listed = natrain.na2d(q, k, v, [3, 3], dilation=[2, 1], kernel="fused_test")
     assert torch.equal(listed, natrain.na2d(q, k, v, (3, 3), dilation=(2, 1), kernel="fused_test"))
+
+
+@pytest.mark.parametrize("kernel", ["whole", "fused_test", pytest.param("cpu", marks=NEEDS_COMPILER)])
+def test_lazily_negated_tensors(kernel):
+    """A view whose memory holds the negative, as parts of complex conjugates are."""
+    plain = torch.randn(1, 9, 2, 4, dtype=torch.float64)
+    q, negated = -plain, torch._neg_view(plain)
+    assert negated.is_neg()
+    got = natrain.na1d(negated, negated, negated, 3, kernel=kernel)
+    torch.testing.assert_close(got, natrain.na1d(q, q, q, 3, kernel=kernel))
+    q.requires_grad_()
+    outputs = natrain.na1d(q, q, q, 3, return_lse=True, kernel=kernel)
+    weights = [torch.randn_like(x) for x in outputs]
+    expected = torch.autograd.grad(outputs, q, [-w for w in weights], retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(outputs, q, [torch._neg_view(w) for w in weights]), expected)
 
 
 def test_a_kernel_registered_later_is_taken():
