@@ -78,52 +78,100 @@ struct Place {
   }
 };
 
-// The stages of shared memory, fetched ahead of use.
+// Lanes 2r and 2r + 1 have row r of the warp's tile: its 16-byte pieces in turn, so that one pointer is enough.
+template <int DIM>
+__device__ __forceinline__ void fetch_row(unsigned shared, const Element* row) {
+  using Format = RowFormat<DIM>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int first = 0; first < Format::CHUNKS; first += 2) {
+    const int piece = first + lane % 2;
+    if (first + 2 <= Format::CHUNKS || piece < Format::CHUNKS)
+      cp_async_16(shared + Format::at(lane / 2, piece), row + piece * int(16 / sizeof(Element)), true);
+  }
+}
+template <int DIM>
+__device__ __forceinline__ void store_row(const unsigned char* shared, Element* row) {
+  using Format = RowFormat<DIM>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int first = 0; first < Format::CHUNKS; first += 2) {
+    const int piece = first + lane % 2;
+    if (first + 2 <= Format::CHUNKS || piece < Format::CHUNKS)
+      *reinterpret_cast<uint4*>(row + piece * int(16 / sizeof(Element))) =
+          *reinterpret_cast<const uint4*>(shared + Format::at(lane / 2, piece));
+  }
+}
+
+// Of the first image's `head`: this lane's row of the tile.
+template <class T>
+__device__ __forceinline__ T* lane_row(const Geometry& g, const Tile& tile, T* data, const Layout& at, int head) {
+  return data + (tile.first_image * at.batch + tile.group_origin(at, head) + row_offset(tile, Step(g, at), threadIdx.x % 32 / 2));
+}
+
+// The stages of shared memory, fetched ahead of use. Pointers are those of the next stage, and move from image to image.
 class Stream {
-  const Arguments& args;
+  const Geometry& g;
   const Tile& tile;
   const unsigned address;
-  const Step step_1, step_2, row_step_1, row_step_2;
-  Place place;  // of the next stage
+  const Layout &columns_1_at, &columns_2_at, &rows_1_at, &rows_2_at, &rows_3_at;
+  const Step step_1, step_2;
+  const Element *columns_1, *columns_2;      // at the first token of the dilation group
+  const Element *row_1, *row_2, *row_3;      // of this lane
+  const float2* statistics;
+  const int tokens;
+  Place place;
   int stage = 0, rows = 0;
 
+  // Tokens of a stage whose statistics a thread fetches, and where they are in an image; -1: past the end of the group.
+  static constexpr int TOKENS_OF_THREAD = (CHUNK_TOKENS + THREADS - 1) / THREADS;
+  static constexpr bool TOKENS_HELD = ROWS_ARE_KEYS && RESIDENT && TOKENS_OF_THREAD <= 4;
+  int token[TOKENS_HELD ? TOKENS_OF_THREAD : 1];
+
  public:
-  __device__ __forceinline__ Stream(const Arguments& arguments, const Tile& t, unsigned shared_address)
-      : args(arguments),
+  __device__ __forceinline__ Stream(const Arguments& args, const Tile& t, unsigned shared_address)
+      : g(args.geometry),
         tile(t),
         address(shared_address),
-        step_1(args.geometry, ROWS_ARE_KEYS ? args.q_at : args.k_at),
-        step_2(args.geometry, ROWS_ARE_KEYS ? args.d_out_at : args.v_at),
-        row_step_1(args.geometry, ROWS_ARE_KEYS ? args.k_at : args.q_at),
-        row_step_2(args.geometry, ROWS_ARE_KEYS ? args.v_at : args.d_out_at),
-        place(t) {}
+        columns_1_at(ROWS_ARE_KEYS ? args.q_at : args.k_at),
+        columns_2_at(ROWS_ARE_KEYS ? args.d_out_at : args.v_at),
+        rows_1_at(ROWS_ARE_KEYS ? args.k_at : args.q_at),
+        rows_2_at(ROWS_ARE_KEYS ? args.v_at : args.d_out_at),
+        rows_3_at(args.out_at),
+        step_1(g, columns_1_at),
+        step_2(g, columns_2_at),
+        tokens(g.length[0] * g.length[1] * g.length[2]),
+        place(t) {
+    const int other = ROWS_ARE_KEYS ? t.head * g.heads_per_kv : t.head / g.heads_per_kv;
+    columns_1 = (ROWS_ARE_KEYS ? args.q : args.k) + (t.first_image * columns_1_at.batch + t.group_origin(columns_1_at, other));
+    columns_2 =
+        (ROWS_ARE_KEYS ? args.d_out : args.v) + (t.first_image * columns_2_at.batch + t.group_origin(columns_2_at, other));
+    row_1 = lane_row(g, t, ROWS_ARE_KEYS ? args.k : args.q, rows_1_at, t.head);
+    row_2 = lane_row(g, t, ROWS_ARE_KEYS ? args.v : args.d_out, rows_2_at, t.head);
+    row_3 = ROWS_ARE_KEYS ? nullptr : lane_row(g, t, args.out, rows_3_at, t.head);
+    statistics = args.statistics + (t.first_image * (long long)(g.heads * g.heads_per_kv) + other) * tokens;
+    if constexpr (TOKENS_HELD) {
+#pragma unroll
+      for (int i = 0; i < TOKENS_OF_THREAD; ++i) token[i] = token_at(threadIdx.x + i * THREADS, tile.halo_first);
+    }
+  }
 
   __device__ __forceinline__ void fetch() {
-    const Geometry& g = args.geometry;
     if (place.image < g.batch) {
-      const int head = tile.head, other = ROWS_ARE_KEYS ? head * g.heads_per_kv + place.member : head / g.heads_per_kv;
       const int first[3] = {tile.halo_first[0] + place.at[0], tile.halo_first[1] + place.at[1],
                             tile.halo_first[2] + place.at[2]};
       const unsigned to = address + stage * STAGE_BYTES;
-      fetch_columns<HEAD_DIM>(to, ROWS_ARE_KEYS ? of(args.q, args.q_at, other) : of(args.k, args.k_at, other), step_1, tile,
-                              first[0], first[1], first[2]);
-      fetch_columns<VALUE_DIM>(to + COLUMNS_1_BYTES,
-                               ROWS_ARE_KEYS ? of(args.d_out, args.d_out_at, other) : of(args.v, args.v_at, other), step_2,
-                               tile, first[0], first[1], first[2]);
-      if constexpr (ROWS_ARE_KEYS) fetch_statistics(to + COLUMNS_1_BYTES + COLUMNS_2_BYTES, other, first);
+      fetch_columns<HEAD_DIM>(to, columns_1, step_1, tile, first[0], first[1], first[2]);
+      fetch_columns<VALUE_DIM>(to + COLUMNS_1_BYTES, columns_2, step_2, tile, first[0], first[1], first[2]);
+      if constexpr (ROWS_ARE_KEYS) fetch_statistics(to + COLUMNS_1_BYTES + COLUMNS_2_BYTES, first);
       if (place.is_first()) {
-        const int r = threadIdx.x % 16;
         const unsigned at = address + rows_at(rows);
-        const Offset offset_1 = row_offset(tile, row_step_1, r), offset_2 = row_offset(tile, row_step_2, r);
-        fetch_rows<HEAD_DIM>(at, ROWS_ARE_KEYS ? of(args.k, args.k_at, head) : of(args.q, args.q_at, head), offset_1);
-        fetch_rows<VALUE_DIM>(at + ROWS_1_BYTES,
-                              ROWS_ARE_KEYS ? of(args.v, args.v_at, head) : of(args.d_out, args.d_out_at, head), offset_2);
-        if constexpr (!ROWS_ARE_KEYS)
-          fetch_rows<VALUE_DIM>(at + ROWS_1_BYTES + ROWS_2_BYTES, of(args.out, args.out_at, head),
-                                row_offset(tile, Step(g, args.out_at), r));
+        fetch_row<HEAD_DIM>(at, row_1);
+        fetch_row<VALUE_DIM>(at + ROWS_1_BYTES, row_2);
+        if constexpr (!ROWS_ARE_KEYS) fetch_row<VALUE_DIM>(at + ROWS_1_BYTES + ROWS_2_BYTES, row_3);
         rows = rows + 1 == STAGES ? 0 : rows + 1;
       }
-      place.advance(tile, g);
+      advance();
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
     cp_async_commit();
@@ -133,27 +181,48 @@ class Stream {
   static __device__ __forceinline__ unsigned rows_at(int i) { return ROWS_AT + (i * WARPS + threadIdx.x / 32) * ROWS_BYTES; }
 
  private:
-  __device__ __forceinline__ const Element* of(const Element* data, const Layout& at, int head) const {
-    return data + place.image * at.batch + tile.group_origin(at, head);
+  __device__ __forceinline__ void advance() {
+    const int image = place.image, member = place.member;
+    place.advance(tile, g);
+    // Heads of q that share one of k and v follow each other.
+    const long long heads = ROWS_ARE_KEYS ? place.member - member : 0;
+    if (ROWS_ARE_KEYS && heads != 0) {
+      columns_1 += heads * columns_1_at.head;
+      columns_2 += heads * columns_2_at.head;
+      statistics += heads * tokens;
+    }
+    if (RESIDENT && !ROWS_ARE_KEYS || place.image != image) {
+      columns_1 += g.splits * columns_1_at.batch;
+      columns_2 += g.splits * columns_2_at.batch;
+      row_1 += g.splits * rows_1_at.batch;
+      row_2 += g.splits * rows_2_at.batch;
+      if (!ROWS_ARE_KEYS) row_3 += g.splits * rows_3_at.batch;
+      statistics += g.splits * (long long)(g.heads * g.heads_per_kv) * tokens;
+    }
+  }
+
+  // Where token i of a stage whose first position is `first` lies in an image.
+  __device__ __forceinline__ int token_at(int i, const int (&first)[3]) const {
+    const int in_chunk[3] = {i / (chunk(2) * chunk(1)), i / chunk(2) % chunk(1), i % chunk(2)};
+    bool valid = i < CHUNK_TOKENS;
+    int at = 0;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) {
+      const int position = first[axis] + in_chunk[axis];
+      valid = valid && position < tile.length[axis];
+      at = at * g.length[axis] + position * g.dilation[axis] + tile.group[axis];
+    }
+    return valid ? at : -1;
   }
 
   // Zeros past the end of the group, where the start values are -inf.
-  __device__ __forceinline__ void fetch_statistics(unsigned to, int head, const int (&first)[3]) const {
-    const Geometry& g = args.geometry;
-    const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
-    const float2* from = args.statistics + (place.image * (long long)(g.heads * g.heads_per_kv) + head) * tokens;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < CHUNK_TOKENS; i += THREADS) {
-      const int in_chunk[3] = {i / (chunk(2) * chunk(1)), i / chunk(2) % chunk(1), i % chunk(2)};
-      bool valid = true;
-      int token = 0;
+  __device__ __forceinline__ void fetch_statistics(unsigned to, const int (&first)[3]) const {
 #pragma unroll
-      for (int axis = 0; axis < 3; ++axis) {
-        const int position = first[axis] + in_chunk[axis];
-        valid = valid && position < tile.length[axis];
-        token = token * g.length[axis] + position * g.dilation[axis] + tile.group[axis];
-      }
-      cp_async_8(to + i * 8, from + token, valid);
+    for (int i = 0; i < TOKENS_OF_THREAD; ++i) {
+      const int of_stage = threadIdx.x + i * THREADS;
+      if (CHUNK_TOKENS % THREADS != 0 && of_stage >= CHUNK_TOKENS) break;
+      const int at = TOKENS_HELD ? token[TOKENS_HELD ? i : 0] : token_at(of_stage, first);
+      cp_async_8(to + of_stage * 8, statistics + at, at >= 0);
     }
   }
 };

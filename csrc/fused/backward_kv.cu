@@ -45,7 +45,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   Start start(of_query, args.rpb, scale.per_scale);
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
-  const unsigned stored_rows = __ballot_sync(WARP, tile.has_row(lane % 16)) & 0xffff;
+  const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r
+  Element* d_k_row = lane_row(g, tile, args.d_k, args.d_k_at, tile.head);
+  Element* d_v_row = lane_row(g, tile, args.d_v, args.d_v_at, tile.head);
   if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
 
   Rows<HEAD_DIM> k;
@@ -111,10 +113,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
         for (int i = 0; i < 4; ++i)
           of_column[i / 2][i % 2] = statistics[group_tokens(u) + i / 2 * (PAIRS_OF_LINES ? chunk(2) : 8) + i % 2];
         start.load(shared, u, scores);
-        k.multiply(scores, q_columns + group_bytes<HEAD_DIM>(u));
+        k.multiply(scores, q_columns, group_bytes<HEAD_DIM>(u));
 #pragma unroll
         for (int i = 0; i < 8; ++i) d_probs[i / 4][i % 4] = HAS_DROPOUT ? 0 : -of_column[i / 4][i % 2].y;
-        if constexpr (HAS_D_K) v.multiply(d_probs, d_out_columns + group_bytes<VALUE_DIM>(u));
+        if constexpr (HAS_D_K) v.multiply(d_probs, d_out_columns, group_bytes<VALUE_DIM>(u));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float2 column = of_column[i / 4][i % 2];
@@ -147,14 +149,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       if constexpr (HAS_D_K) put_rows<HEAD_DIM>(shared, rows_at, d_k, of_k);
       if constexpr (HAS_D_V) put_rows<VALUE_DIM>(shared, rows_at + ROWS_1_BYTES, d_v, of_v);
       __syncwarp();
-      if constexpr (HAS_D_K)
-        store_rows<HEAD_DIM>(bytes + rows_at,
-                             args.d_k + place.image * args.d_k_at.batch + tile.group_origin(args.d_k_at, tile.head),
-                             row_offset(tile, Step(g, args.d_k_at), lane % 16), stored_rows);
-      if constexpr (HAS_D_V)
-        store_rows<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES,
-                              args.d_v + place.image * args.d_v_at.batch + tile.group_origin(args.d_v_at, tile.head),
-                              row_offset(tile, Step(g, args.d_v_at), lane % 16), stored_rows);
+      if (HAS_D_K && has_row) store_row<HEAD_DIM>(bytes + rows_at, d_k_row);
+      if (HAS_D_V && has_row) store_row<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES, d_v_row);
+      d_k_row += g.splits * args.d_k_at.batch;
+      d_v_row += g.splits * args.d_v_at.batch;
     }
   }
   if (NATRAIN_BIAS_GRAD) sum_bias(args);

@@ -91,9 +91,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   Start start(tile, args.rpb, scale.per_scale);
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
-  const int pair_token = tile.row_token(g, lane / 2);
-  const bool has_pair_row = tile.has_row(lane / 2);
-  const unsigned stored_rows = __ballot_sync(WARP, tile.has_row(lane % 16)) & 0xffff;
+  const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r
+  // Of the image that comes: this lane's row.
+  long long row_at = (tile.first_image * tokens + tile.row_token(g, lane / 2)) * g.heads + tile.head;
+  float2* statistics = args.statistics + (tile.first_image * (long long)g.heads + tile.head) * tokens + tile.row_token(g, lane / 2);
+  Element* d_q_row = lane_row(g, tile, args.d_q, args.d_q_at, tile.head);
+  float next_lse = tile.first_image < g.batch ? args.lse[row_at] : 0.f;
   if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
 
   Rows<HEAD_DIM> q;
@@ -118,14 +121,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       d_out.load(shared, rows_at + ROWS_1_BYTES);
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; ++i) d_q[i / 4][i % 4] = 0;
-      const long long token = place.image * tokens + pair_token;
-      float row_lse = args.lse[token * g.heads + tile.head] * LOG2_E;
+      float row_lse = next_lse * LOG2_E;
       float row_delta = half_product(bytes + rows_at + ROWS_1_BYTES, bytes + rows_at + ROWS_1_BYTES + ROWS_2_BYTES);
-      if (args.d_lse) row_delta -= args.d_lse[token * g.heads + tile.head];
+      if (args.d_lse) row_delta -= args.d_lse[row_at];
+      row_at += g.splits * tokens * g.heads;
+      if (place.image + g.splits < g.batch) next_lse = args.lse[row_at];
       // Every probability of a query that sees no key is 0, and of a row that is none.
-      if (row_lse == MINUS_INFINITY || !has_pair_row) row_lse = -MINUS_INFINITY;
-      if (has_pair_row && lane % 2 == 0)
-        args.statistics[(place.image * (long long)g.heads + tile.head) * tokens + pair_token] = make_float2(row_lse, row_delta);
+      if (row_lse == MINUS_INFINITY || !has_row) row_lse = -MINUS_INFINITY;
+      if (has_row && lane % 2 == 0) *statistics = make_float2(row_lse, row_delta);
+      statistics += g.splits * (long long)g.heads * tokens;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         lse[half] = __shfl_sync(WARP, row_lse, lane / 4 * 2 + 16 * half);
@@ -148,10 +152,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
         if (start.is_empty(u) || is_past(tile, z, y, x, u)) continue;
         float scores[2][4], d_probs[2][4];
         start.load(shared, u, scores);
-        q.multiply(scores, k_columns + group_bytes<HEAD_DIM>(u));
+        q.multiply(scores, k_columns, group_bytes<HEAD_DIM>(u));
 #pragma unroll
         for (int i = 0; i < 8; ++i) d_probs[i / 4][i % 4] = HAS_DROPOUT ? 0 : -delta[i % 4 / 2];
-        d_out.multiply(d_probs, v_columns + group_bytes<VALUE_DIM>(u));
+        d_out.multiply(d_probs, v_columns, group_bytes<VALUE_DIM>(u));
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           float& d_score = scores[i / 4][i % 4];
@@ -186,8 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       __syncwarp();
       put_rows<HEAD_DIM>(shared, rows_at, d_q, factor);
       __syncwarp();
-      store_rows<HEAD_DIM>(bytes + rows_at, args.d_q + place.image * args.d_q_at.batch + tile.group_origin(args.d_q_at, tile.head),
-                           row_offset(tile, Step(g, args.d_q_at), lane % 16), stored_rows);
+      if (has_row) store_row<HEAD_DIM>(bytes + rows_at, d_q_row);
+      d_q_row += g.splits * args.d_q_at.batch;
     }
   }
 
