@@ -32,7 +32,7 @@ def model_sections(rows: Sequence[Mapping[str, str]], baseline: str) -> list[Sec
                 "low",
                 "high",
                 f"x {baseline}",
-                "attention, % of the step",
+                "attention %",
                 "peak MiB",
                 "drift",
             ),

@@ -100,7 +100,7 @@ def legend(names: Sequence[str], y: float, left: float = 60) -> str:
     parts, x = [], left
     for index, name in enumerate(names):
         parts.append(mark(index, x, y - 4, name, 5, 1) + _text(x + 10, y, name))
-        x += 28 + 7.5 * len(name)
+        x += 30 + 8.5 * len(name)
     return "".join(parts)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from natrain.bench import rows
+from natrain.bench import models, rows, training
 from natrain.bench.case import Case
 from natrain.cli import main
 from natrain.report import svg
@@ -145,6 +145,46 @@ def test_colours_differ_in_lightness_where_they_mean_opposites():
     fast, slow, even = (svg.diverging(ratio)[0] for ratio in (8.0, 1 / 8, 1.0))
     assert even == "#FFFFFF" and int(fast[5:], 16) - int(fast[1:3], 16) > 100 > int(slow[5:], 16)
     assert svg.diverging(100.0) == svg.diverging(8.0)
+
+
+def test_models_and_trainings_have_pages(tmp_path):
+    rows.start(tmp_path / "models.csv", models.COLUMNS)
+    for kernel, speed in (("naive", 100.0), ("fused", 250.0)):
+        row = {"plan": "p", "model": "nat_tiny", "precision": "bf16", "compile": 1, "batch": 8, "img_size": ""}
+        row |= {
+            "kernel": kernel,
+            "mode": "training",
+            "status": "ok",
+            "images_per_s": speed,
+            "low": speed,
+            "high": speed,
+        }
+        rows.append(
+            tmp_path / "models.csv", {**row, "attention_share": 0.25, "drift": 1e-3, "utc": "now"}, models.COLUMNS
+        )
+    rows.start(tmp_path / "training.csv", training.COLUMNS)
+    for kernel, top1 in (("naive", 50.0), ("fused", 51.0)):
+        run = tmp_path / "runs" / f"{kernel}-0"
+        run.mkdir(parents=True)
+        (run / "metrics.csv").write_text("step,loss,top1\n1,2.0,\n2,1.5,\n")
+        row = {
+            "plan": "p",
+            "kernel": kernel,
+            "seed": 0,
+            "status": "ok",
+            "top1": top1,
+            "images_per_s": 10,
+            "run": run.name,
+        }
+        rows.append(tmp_path / "training.csv", {**row, "settings": "", "utc": "now"}, training.COLUMNS)
+    (tmp_path / "environment.jsonl").write_text('{"device": "a device", "plan": "mine", "baseline": "naive"}\n')
+    page = build_page([tmp_path])
+    found = {row["kernel"]: row for row in table(page, "models-training")}
+    assert found["fused"]["x naive"] == 2.5 and found["fused"]["attention %"] == 25.0
+    assert found["fused"]["model"] == "nat_tiny bf16 compiled b8"
+    assert len(table(page, "losses")) == 4 and [row["top-1 %"] for row in table(page, "trainings")] == [50.0, 51.0]
+    assert page.summary[0].startswith("fused against naive, 1 seeds: top-1 +1.00 points")
+    assert html(page).count("<figure>") == 2
 
 
 PROBE = """
