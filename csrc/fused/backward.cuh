@@ -227,6 +227,18 @@ class Stream {
   }
 };
 
+// Until the stage that comes next is there for all. A single stage is fetched here, where other blocks hide the wait; of
+// more, one is fetched after this.
+__device__ __forceinline__ void next_stage(Stream& stream) {
+  if (STAGES == 1) {
+    __syncthreads();
+    stream.fetch();
+  }
+  cp_async_wait<STAGES == 1 ? 0 : STAGES - 2>();
+  // What this thread fetched is there; now what all fetched, and nobody reads the stage that is fetched next.
+  __syncthreads();
+}
+
 // The columns of a lane in one group, in positions of the dilation group: 2t, 2t + 1 of both n8 blocks.
 struct LaneColumns {
   int z, y, x;  // of the step's first column

@@ -56,9 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   bool may_attend[2] = {true, true};  // to keys g and g + 8
   int stage = 0, rows_buffer = 0;
   for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
-    cp_async_wait<STAGES - 2>();
-    // What this thread fetched is there; now what all fetched, and nobody reads the stage that comes next.
-    __syncthreads();
+    next_stage(stream);
     of_query.head = tile.head * g.heads_per_kv + place.member;
     if (HAS_RPB && g.heads_per_kv > 1 && place.is_first()) {
       StartTable::fill(bytes + TABLE_AT, of_query, args.rpb, scale.per_scale);
@@ -68,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
 #endif
     }
-    stream.fetch();
+    if (STAGES > 1) stream.fetch();
     const unsigned stage_at = stage * STAGE_BYTES, rows_at = Stream::rows_at(rows_buffer);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     const bool is_last = place.is_last(tile);

@@ -106,10 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   float lse[2], delta[2];  // of rows g and g + 8
   int stage = 0, rows_buffer = 0;
   for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
-    cp_async_wait<STAGES - 2>();
-    // What this thread fetched is there; now what all fetched, and nobody reads the stage that comes next.
-    __syncthreads();
-    stream.fetch();
+    next_stage(stream);
+    if (STAGES > 1) stream.fetch();
     const unsigned stage_at = stage * STAGE_BYTES, rows_at = Stream::rows_at(rows_buffer);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     const bool is_last = place.is_last(tile);

@@ -167,6 +167,7 @@ def _q_demands(problem: Problem) -> Demands:
         per_group=8 if problem.has_rpb else 0,
         most_groups=_GROUPS_HELD if problem.has_rpb else 16,
         row_buffers=3,
+        fewest_stages=1,
     )
 
 
@@ -183,6 +184,7 @@ def _kv_demands(problem: Problem, gradients: int) -> Demands:
         row_buffers=2,
         column_bytes=8,
         rows_are_keys=True,
+        fewest_stages=1,
     )
 
 
