@@ -5,10 +5,10 @@
 
 namespace natrain {
 
-// scores -> probabilities times their sum, in place (dropped ones 0); returns that sum and the scores' maximum.
+// scores -> probabilities times their sum, in place; returns that sum and the scores' maximum.
 template <bool PAIRED>
 inline void softmax(const Plan& plan, const Tile& tile, const LaneWindow& w, const BiasTable& table, const Real* bias,
-                    const DropoutRow* dropout, Real* scores, Real& sum, Real& most) {
+                    Real* scores, Real& sum, Real& most) {
   constexpr Real infinity = std::numeric_limits<Real>::infinity();
   Vector highest = broadcast(-infinity);
   over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
@@ -26,10 +26,41 @@ inline void softmax(const Plan& plan, const Tile& tile, const LaneWindow& w, con
     store(scores + at, p);
   }
   sum = sum_lanes(total);
-  if (!dropout) return;
+}
+
+// The same for tiles of one plane whose rows are a vector or half of one, with all scores in registers.
+template <bool PAIRED, int VECTORS>
+inline void small_softmax(const LaneWindow& w, const BiasTable& table, const Real* bias, Real* scores, Real& sum,
+                          Real& most) {
+  constexpr int step = PAIRED ? 2 : 1;
+  const unsigned lanes = lane_range(w.x, w.x_end), rows = (1u << w.y_end) - (1u << w.y);
+  Vector s[VECTORS], highest = broadcast(-std::numeric_limits<Real>::infinity());
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; ++v) {
+    unsigned mask = rows >> step * v & 1 ? lanes : 0;
+    if (PAIRED) mask |= rows >> (step * v + 1) & 1 ? lanes << LANES / 2 : 0;
+    s[v] = load(scores + v * LANES);
+    if (bias) s[v] += bias_vector<PAIRED>(table, bias, 0, step * v, 0);
+    s[v] = select(mask, s[v], broadcast(-std::numeric_limits<Real>::infinity()));
+    highest = maximum(s[v], highest);
+  }
+  most = max_lanes(highest);
+  Vector total = {};
+#pragma GCC unroll 8
+  for (int v = 0; v < VECTORS; ++v) {
+    const Vector p = exponential(s[v] - most);
+    total += p;
+    store(scores + v * LANES, p);
+  }
+  sum = sum_lanes(total);
+}
+
+// Clears the probabilities that dropout does not keep.
+template <bool PAIRED>
+inline void drop(const Plan& plan, const Tile& tile, const LaneWindow& w, const DropoutRow& row, Real* probs) {
   over_vectors<PAIRED>(plan.shape, tile, w, [&](int vector, unsigned mask, int z, int y, int x) {
-    Real* p = scores + vector * LANES;
-    store(p, select(kept_lanes(plan, *dropout, w, mask, PAIRED, z, y, x), load(p), Vector{}));
+    Real* p = probs + vector * LANES;
+    store(p, select(kept_lanes(plan, row, w, mask, PAIRED, z, y, x), load(p), Vector{}));
   });
 }
 
@@ -71,6 +102,8 @@ inline void forward_unit(const Plan& plan, const Unit& unit, const Real* head_bi
     const int64_t shift = tile.span[2].key - box.first[2];
     KeyRows keys = tile_rows.keys;
     keys.width = tile.span[2].keys();
+    constexpr int most_small = 8;
+    const bool is_small = shape.row_lanes <= LANES && tile.span[0].keys() == 1 && vectors <= most_small;
     Real* scores = scratch.scores.reserve(int64_t(QUERY_BLOCK) * tile.lanes);
     const int blocks = (queries + QUERY_BLOCK - 1) / QUERY_BLOCK;
     for (int b = 0; b < blocks; ++b) {
@@ -87,11 +120,19 @@ inline void forward_unit(const Plan& plan, const Unit& unit, const Real* head_bi
       Real sum[QUERY_BLOCK], most[QUERY_BLOCK];
       for (int i = 0; i < count; ++i) {
         const Real* bias = a.rpb ? head_bias + table.origin(plan, tile, at[i]) : nullptr;
+        const LaneWindow window = tile.window(unit, at[i]);
+        Real* probs = scores + int64_t(i) * tile.lanes;
+        if (is_small) {
+          with_count<most_small>(vectors, [&](auto v) {
+            small_softmax<PAIRED, v()>(window, table, bias, probs, sum[i], most[i]);
+          });
+        } else {
+          softmax<PAIRED>(plan, tile, window, table, bias, probs, sum[i], most[i]);
+        }
+        if (!a.has_dropout) continue;
         const int64_t row = (int64_t(unit.image) * a.heads + unit.head) * a.length[0] * a.length[1] * a.length[2] +
                             unit.token(a, at[i][0], at[i][1], at[i][2]);
-        const DropoutRow dropout(a.seed, row);
-        softmax<PAIRED>(plan, tile, tile.window(unit, at[i]), table, bias, a.has_dropout ? &dropout : nullptr,
-                        scores + int64_t(i) * tile.lanes, sum[i], most[i]);
+        drop<PAIRED>(plan, tile, window, DropoutRow(a.seed, row), probs);
       }
       weigh(count, scores, tile.lanes, keys, values + shift * lanes, out);
       for (int i = 0; i < count; ++i) {

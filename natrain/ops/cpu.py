@@ -30,8 +30,9 @@ _REALS = {torch.float32: "float", torch.float64: "double"}
 # Mirror struct Arguments there; every member has 8 bytes.
 _SIZES = struct.Struct("3q15q2q")
 _OPTIONS = struct.Struct("q2d3q2Q")
-_TENSOR = struct.Struct("Q5q")
-_NO_TENSOR = bytes(_TENSOR.size)
+# struct TensorArgument of each rank: address, then strides of B, z, y, x and N; an axis that is missing has stride 0.
+_TENSORS = {1: struct.Struct("Qq16x2q"), 2: struct.Struct("Qq8x3q"), 3: struct.Struct("Q5q")}
+_NO_TENSOR = bytes(_TENSORS[3].size)
 
 
 @functools.lru_cache
@@ -84,8 +85,7 @@ def _tensor(x: Tensor | None, na_dim: int) -> bytes:
     """struct TensorArgument of [B, *S, N, ...]."""
     if x is None:
         return _NO_TENSOR
-    batch, *token = x.stride()[: na_dim + 1]
-    return _TENSOR.pack(x.data_ptr(), batch, *(0,) * (3 - na_dim), *token, x.stride(na_dim + 1))
+    return _TENSORS[na_dim].pack(x.data_ptr(), *x.stride()[: na_dim + 2])
 
 
 def _rows(x: Tensor) -> Tensor:
