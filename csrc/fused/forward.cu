@@ -122,30 +122,20 @@ class Stream {
 };
 
 // Exponents of float32 and bfloat16 span 2^-126 .. 2^127: scores of a usual size need no maximum subtracted. float16 has
-// too few.
+// too few; some score of the row is subtracted there, so that the largest exponential is 1 or a little more.
 template <class T>
 constexpr bool WIDE_RANGE = true;
 template <>
 constexpr bool WIDE_RANGE<float16> = false;
-constexpr bool UNSHIFTED = WIDE_RANGE<Element>;
 
-// With a maximum: all groups of a step at once where that is the rule, one where it is the exception.
-constexpr int SHIFTED_GROUPS = UNSHIFTED ? 1 : GROUPS;
-
-// Of the two rows of a lane: running maximum (of q . k + bias / scale), sum of exponentials, output.
+// Of the two rows of a lane: what is subtracted from scores (q . k + bias / scale), sum of exponentials, output.
 struct State {
-  float largest[2], out[VALUE_DIM / 8][4];
+  float reference[2], out[VALUE_DIM / 8][4];
   RowSums<Element> sum;
-#ifdef EXPERIMENT_LSE
-  float exact[2];
-#endif
 
-  __device__ __forceinline__ void reset() {
-    largest[0] = largest[1] = LOWEST;
+  __device__ __forceinline__ void reset(float first_reference) {
+    reference[0] = reference[1] = first_reference;
     sum.reset();
-#ifdef EXPERIMENT_LSE
-    exact[0] = exact[1] = 0;
-#endif
 #pragma unroll
     for (int i = 0; i < VALUE_DIM / 2; ++i) out[i / 4][i % 4] = 0;
   }
@@ -157,92 +147,78 @@ struct Place {
   int x;
 };
 
-// Groups `first` .. + COUNT of a step: their scores, their exponentials, and what these add to `state`. ONLINE: what is in
-// `state` already is scaled to the new maximum.
-template <int COUNT, bool ONLINE>
-__device__ __forceinline__ void attend(const Shared& shared, const Rows<HEAD_DIM>& q, const Start& start,
-                                       const Exclusions& exclusions, const Place& at, int first, float exponent,
-                                       State& state) {
-  float p[COUNT][2][4];
-  const unsigned k_columns = score_columns<HEAD_DIM>(shared, at.k_line, at.x);
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const int u = first + i;
-    if (start.is_empty(u)) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) p[i][j / 4][j % 4] = MINUS_INFINITY;
-      continue;
-    }
-    start.load(shared, u, p[i]);
-    exclusions.exclude(u, p[i]);
-    q.multiply(p[i], k_columns, group_bytes<HEAD_DIM>(u));
-  }
-
-  float shift[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float largest = ONLINE ? state.largest[half] : LOWEST;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) largest = fmaxf(largest, p[i][j / 2][2 * half + j % 2]);
-    largest = quad_max(largest);
-    // Rounded, not contracted: equal maxima must give a difference of exactly zero.
-    shift[half] = __fmul_rn(-largest, exponent);
-    if (ONLINE) {
-      const float factor = exp2_approx(shift[half] - __fmul_rn(-state.largest[half], exponent));
-      state.sum.scale(half, factor);
-#pragma unroll
-      for (int i = 0; i < VALUE_DIM / 4; ++i) state.out[i / 2][2 * half + i % 2] *= factor;
-    }
-    state.largest[half] = largest;
-  }
-
-  const SumColumns<VALUE_DIM> v(shared, at.v_line, at.x);
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const int u = first + i;
-    if (start.is_empty(u)) continue;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      float& weight = p[i][j / 4][j % 4];
-      weight = exp2_approx(fmaf(weight, exponent, shift[j % 4 / 2]));
-    }
-    state.sum.add(p[i]);
-    exclusions.drop(u, p[i]);
-    v.add(state.out, p[i], group_bytes<VALUE_DIM>(u));
-  }
+// The scores of group u of a step.
+__device__ __forceinline__ void score(const Shared& shared, const Rows<HEAD_DIM>& q, const Start& start,
+                                      const Exclusions& exclusions, const Place& at, int u, float (&scores)[2][4]) {
+  start.load(shared, u, scores);
+  exclusions.exclude(u, scores);
+  q.multiply(scores, score_columns<HEAD_DIM>(shared, at.k_line, at.x), group_bytes<HEAD_DIM>(u));
 }
 
-// A whole step without a maximum: exponentials of scores as they are, so that no group waits for another.
-__device__ __forceinline__ void attend_unshifted(const Shared& shared, const Rows<HEAD_DIM>& q, const Start& start,
-                                                 const Exclusions& exclusions, const Place& at, float exponent,
-                                                 State& state) {
-  const unsigned k_columns = score_columns<HEAD_DIM>(shared, at.k_line, at.x);
+// At least the largest score so far, of row g + 8 * half.
+__device__ __forceinline__ float largest_of(const float (&scores)[2][4], int half, float so_far) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) so_far = fmaxf(so_far, scores[i / 2][2 * half + i % 2]);
+  so_far = fmaxf(so_far, __shfl_xor_sync(WARP, so_far, 1));
+  return fmaxf(so_far, __shfl_xor_sync(WARP, so_far, 2));
+}
+
+// What a group adds, relative to the reference as it is.
+__device__ __forceinline__ void add_group(const SumColumns<VALUE_DIM>& v, const Exclusions& exclusions, int u,
+                                          float (&p)[2][4], float exponent, State& state) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float& weight = p[i / 4][i % 4];
+    // The product with the reference is rounded, not contracted: equal references must cancel (attend_carefully).
+    weight = exp2_approx(fmaf(weight, exponent, __fmul_rn(-state.reference[i % 4 / 2], exponent)));
+  }
+  state.sum.add(p);
+  exclusions.drop(u, p);
+  v.add(state.out, p, group_bytes<VALUE_DIM>(u));
+}
+
+// A step relative to the reference as it is: no group waits for another.
+__device__ __forceinline__ void attend(const Shared& shared, const Rows<HEAD_DIM>& q, const Start& start,
+                                       const Exclusions& exclusions, const Place& at, float exponent, State& state) {
   const SumColumns<VALUE_DIM> v(shared, at.v_line, at.x);
 #pragma unroll
   for (int u = 0; u < GROUPS; ++u) {
     if (start.is_empty(u)) continue;
     float p[2][4];
-    start.load(shared, u, p);
-    exclusions.exclude(u, p);
-    q.multiply(p, k_columns, group_bytes<HEAD_DIM>(u));
-#pragma unroll
-    for (int j = 0; j < 8; ++j) p[j / 4][j % 4] = exp2_approx(p[j / 4][j % 4] * exponent);
-    state.sum.add(p);
-#ifdef EXPERIMENT_LSE
-    for (int j = 0; j < 8; ++j) state.exact[j % 4 / 2] += p[j / 4][j % 4];
-#endif
-    exclusions.drop(u, p);
-    v.add(state.out, p, group_bytes<VALUE_DIM>(u));
+    score(shared, q, start, exclusions, at, u, p);
+    add_group(v, exclusions, u, p, exponent, state);
   }
 }
 
-// Whether that lost nothing: every row's sum is far from the ends of the range.
+// A step with the running maximum as reference, for scores of any size.
+__device__ __forceinline__ void attend_carefully(const Shared& shared, const Rows<HEAD_DIM>& q, const Start& start,
+                                                 const Exclusions& exclusions, const Place& at, float exponent,
+                                                 State& state) {
+  const SumColumns<VALUE_DIM> v(shared, at.v_line, at.x);
+#pragma unroll 1
+  for (int u = 0; u < GROUPS; ++u) {
+    if (start.is_empty(u)) continue;
+    float p[2][4];
+    score(shared, q, start, exclusions, at, u, p);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float before = state.reference[half], now = largest_of(p, half, before);
+      const float factor = exp2_approx(__fmul_rn(before, exponent) - __fmul_rn(now, exponent));
+      state.reference[half] = now;
+      state.sum.scale(half, factor);
+#pragma unroll
+      for (int i = 0; i < VALUE_DIM / 4; ++i) state.out[i / 2][2 * half + i % 2] *= factor;
+    }
+    add_group(v, exclusions, u, p, exponent, state);
+  }
+}
+
+// Whether the references served: every row's sum is far from the ends of the range, no exponential beyond it.
 __device__ __forceinline__ bool is_in_range(const State& state) {
   const float low = fminf(state.sum.of(0), state.sum.of(1)), high = fmaxf(state.sum.of(0), state.sum.of(1));
-  // Not a number fails too.
-  return __all_sync(WARP, low > 1e-12f && high < 1e12f && low <= high);
+  // A NaN fails too.
+  return __all_sync(WARP, low > (WIDE_RANGE<Element> ? 1e-12f : 0.1f) && high < (WIDE_RANGE<Element> ? 1e12f : 1e6f) &&
+                              low <= high);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
@@ -305,7 +281,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   for (int image = tile.first_image; image < g.batch;
        image += g.splits, q_buffer = q_buffer + 1 == STAGES ? 0 : q_buffer + 1) {
     const unsigned rows_at = Stream::rows_at(q_buffer);
-    state.reset();
     exclusions.to_image(image, tokens);
     Element* const out = next_out;
     float* const lse_of_row = next_lse;
@@ -316,25 +291,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       if (!tile.is_active) continue;
       q.load(shared, rows_at, scale.keep, scale.flip);
       const Place at = place_of(columns, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
-      if (UNSHIFTED) {
-        state.largest[0] = state.largest[1] = 0;
-        attend_unshifted(shared, q, start, exclusions, at, scale.exponent, state);
-        if (!is_in_range(state)) {
-          state.reset();
-#pragma unroll 1
-          for (int u = 0; u < GROUPS; ++u)
-            attend<1, true>(shared, q, start, exclusions, at, u, scale.exponent, state);
-        }
-      } else {
-        attend<GROUPS, false>(shared, q, start, exclusions, at, 0, scale.exponent, state);
+      state.reset(WIDE_RANGE<Element> ? 0 : LOWEST);
+      if (!WIDE_RANGE<Element>) {
+        // The middle of a box is in all its rows' windows.
+        float p[2][4];
+        score(shared, q, start, exclusions, at, GROUPS / 2, p);
+        state.reference[0] = largest_of(p, 0, LOWEST);
+        state.reference[1] = largest_of(p, 1, LOWEST);
+      }
+      attend(shared, q, start, exclusions, at, scale.exponent, state);
+      if (!is_in_range(state)) {
+        state.reset(LOWEST);
+        attend_carefully(shared, q, start, exclusions, at, scale.exponent, state);
       }
     } else {
-      // Every chunk of the halo; again, with a running maximum, where scores are too large or too small for none.
+      // Every chunk of the halo; again, with care, where the references did not serve.
 #pragma unroll 1
-      for (bool is_shifted = !UNSHIFTED;; is_shifted = true) {
+      for (bool is_careful = false;; is_careful = true) {
         bool is_first = true;
-        state.reset();
-        if (!is_shifted) state.largest[0] = state.largest[1] = 0;
+        state.reset(is_careful || !WIDE_RANGE<Element> ? LOWEST : 0);
         for (int z0 = 0; tile.halo_first[0] + z0 < tile.halo_end[0]; z0 += chunk(0))
           for (int y0 = 0; tile.halo_first[1] + y0 < tile.halo_end[1]; y0 += chunk(1))
             for (int x0 = 0; tile.halo_first[2] + x0 < tile.halo_end[2]; x0 += chunk(2)) {
@@ -352,17 +327,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
                   start.to_step(rows, z0 + z, y0 + y, x0 + x);
                   exclusions.to_step(z0 + z, y0 + y, x0 + x);
                   const Place at = place_of(columns, z, y, x);
-                  if (is_shifted) {
-#pragma unroll 1
-                    for (int u = 0; u < GROUPS; u += SHIFTED_GROUPS)
-                      attend<SHIFTED_GROUPS, true>(shared, q, start, exclusions, at, u, scale.exponent, state);
+                  // Without a wide range until every row has met a score.
+                  if (is_careful || (!WIDE_RANGE<Element> &&
+                                     __any_sync(WARP, fminf(state.reference[0], state.reference[1]) == LOWEST))) {
+                    attend_carefully(shared, q, start, exclusions, at, scale.exponent, state);
                   } else {
-                    attend_unshifted(shared, q, start, exclusions, at, scale.exponent, state);
+                    attend(shared, q, start, exclusions, at, scale.exponent, state);
                   }
                 }
               }
             }
-        if (is_shifted || !__syncthreads_or(tile.is_active && !is_in_range(state))) break;
+        if (is_careful || !__syncthreads_or(tile.is_active && !is_in_range(state))) break;
         stream.rewind(image, stage, q_buffer);
       }
       if (!tile.is_active) continue;
@@ -373,13 +348,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     for (int half = 0; half < 2; ++half) {
       const float sum = state.sum.of(half);
       factor[half] = sum == 0 ? 0 : __fdividef(NATRAIN_HAS_DROPOUT ? args.keep_scale : 1.f, sum);
-      lse[half] = LN_2 * (state.largest[half] * scale.exponent + log2_approx(
-#ifdef EXPERIMENT_LSE
-      state.exact[half] + __shfl_xor_sync(WARP, state.exact[half], 1)
-#else
-      sum
-#endif
-      ));
+      lse[half] = LN_2 * (state.reference[half] * scale.exponent + log2_approx(sum));
     }
     if (args.lse) {
       // To lane r from the quad of row r.

@@ -94,15 +94,11 @@ class Demands:
 
     @staticmethod
     def of_forward(head_dim: int, value_dim: int, dtype: torch.dtype) -> Demands:
-        """Of csrc/fused/forward.cu; only float16 keeps all scores of a step until their maximum is known."""
+        """Of csrc/fused/forward.cu, which holds the scores of one group at a time."""
         held = head_dim * dtype.itemsize // 8
-        registers = (held if held <= 48 else 4) + value_dim // 2
+        registers = (held if held <= 48 else 4) + value_dim // 2 + (56 if dtype.itemsize == 2 else 80)
         dims = (head_dim, value_dim)
-        if dtype is not torch.float16:
-            return Demands(dims, dims, registers + 56, per_group=0, most_groups=16, fewest_stages=1)
-        registers += 48
-        most = 8 if registers + 8 * 8 <= 168 else 4 if registers + 4 * 8 <= 232 else 2
-        return Demands(dims, dims, registers, most_groups=most, fewest_stages=1)
+        return Demands(dims, dims, registers, per_group=0, most_groups=16, fewest_stages=1)
 
     def row_buffer(self, itemsize: int) -> int:
         return self.row_buffers * 16 * max(row_pitch(dim, itemsize) for dim in self.rows)
