@@ -25,7 +25,12 @@ def imagefolder(shared_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imagenet")
     with tarfile.open(shared_data / "imagenet-sample.tar") as archive:
         archive.extractall(folder, filter="data")
-    return folder / "imagenet-sample"
+    # Its validation images are of other classes than its training images.
+    images = folder / "images"
+    images.mkdir()
+    for split in ("train", "val"):
+        (images / split).symlink_to(folder / "imagenet-sample" / "train")
+    return images
 
 
 def _losses(tmp_path, *words: str) -> list[float]:
