@@ -15,12 +15,15 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 import natrain
 from natrain.ops import registry
 from natrain.ops.registry import FusedKernel, Limits
+
+BATCH = 50
 
 
 class Nothing(FusedKernel):
@@ -57,49 +60,71 @@ class _Floor(torch.autograd.Function):
         return None, d_qkv, d_rpb
 
 
-def microseconds(call: Callable[[], object], calls: int) -> float:
-    """Median over rounds of 100 calls, after one round that is not counted."""
+@dataclass(frozen=True)
+class Contender:
+    """``call`` maps fresh leaves to out; ``leaves`` makes them."""
+
+    call: Callable[..., torch.Tensor]
+    leaves: Callable[[], list[torch.Tensor]]
+
+
+def microseconds(run: Callable[[], object], calls: int) -> float:
+    """Median over rounds of ``run``, which makes BATCH calls, per call; one round is not counted."""
     rounds = []
-    for _ in range(calls // 100 + 1):
+    for _ in range(calls // BATCH + 1):
         start = time.perf_counter()
-        for _ in range(100):
-            call()
-        rounds.append((time.perf_counter() - start) * 1e4)
+        run()
+        rounds.append((time.perf_counter() - start) * 1e6 / BATCH)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     return statistics.median(rounds[1:])
 
 
-def contenders(device: str, kernels: list[str]) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """By name: a forward call, and one of forward and backward."""
-    qkv = torch.randn(1, 8, 8, 3, 2, 32, device=device, requires_grad=True)
-    rpb = torch.randn(2, 13, 13, device=device, requires_grad=True)
-    d_out = torch.randn(1, 8, 8, 2, 32, device=device)
+def times_us(contender: Contender, calls: int, d_out: torch.Tensor) -> tuple[float, float, float]:
+    """Inference, forward, backward; the backward of BATCH calls is one pass, as in a model."""
+    leaves = [contender.leaves() for _ in range(BATCH)]
+
+    def forward() -> list[torch.Tensor]:
+        return [contender.call(*inputs) for inputs in leaves]
+
+    with torch.no_grad():
+        inference_us = microseconds(forward, calls)
+    forward_us = microseconds(forward, calls)
+    outs, inputs = forward(), [leaf for group in leaves for leaf in group]
+    return (
+        inference_us,
+        forward_us,
+        microseconds(lambda: torch.autograd.grad(outs, inputs, [d_out] * BATCH, retain_graph=True), calls),
+    )
+
+
+def contenders(device: str, kernels: list[str]) -> dict[str, Contender]:
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, requires_grad=True)
+
+    def packed() -> list[torch.Tensor]:
+        return [leaf(1, 8, 8, 3, 2, 32), leaf(2, 13, 13)]
+
+    def unpacked() -> list[torch.Tensor]:
+        return [*(leaf(1, 8, 8, 2, 32) for _ in range(3)), leaf(2, 13, 13)]
+
     mask = torch.ones(1, 8, 8, dtype=torch.bool, device=device)
-    q, k, v = (t.detach().clone().requires_grad_() for t in qkv.unbind(-3))
     kernel = registry.register(Nothing())
-    forwards = {
-        "floor": (lambda: _Floor.apply(kernel, qkv, rpb)[0], (qkv, rpb)),
-        "na2d_qkvpacked": (lambda: natrain.na2d_qkvpacked(qkv, 7, rpb=rpb, kernel="nothing"), (qkv, rpb)),
-        "na2d": (lambda: natrain.na2d(q, k, v, 7, rpb=rpb, kernel="nothing"), (q, k, v, rpb)),
-        "na2d, all options": (
-            lambda: natrain.na2d(
-                q, k, v, (7, 7), (1, 1), 1, (False, False), rpb, mask, 0.2, 0.0, True, kernel="nothing"
-            )[0],
-            (q, k, v, rpb),
+    window = ((7, 7), (1, 1), 1, (False, False))
+    options = dict(key_mask=mask, scale=0.2, return_lse=True, kernel="nothing")
+    found = {
+        "torch, x * y": Contender(torch.mul, lambda: [leaf(1, 8, 8, 2, 32) for _ in range(2)]),
+        "floor": Contender(lambda qkv, rpb: _Floor.apply(kernel, qkv, rpb)[0], packed),
+        "na2d": Contender(lambda q, k, v, rpb: natrain.na2d(q, k, v, 7, rpb=rpb, kernel="nothing"), unpacked),
+        "na2d, all options": Contender(
+            lambda q, k, v, rpb: natrain.na2d(q, k, v, *window, rpb, **options)[0], unpacked
         ),
     }
-
-    for name in kernels:
-        forwards[f"na2d_qkvpacked, {name}"] = (
-            lambda name=name: natrain.na2d_qkvpacked(qkv, 7, rpb=rpb, kernel=name),
-            (qkv, rpb),
+    for name in ("nothing", *kernels):
+        found[f"na2d_qkvpacked, {name}"] = Contender(
+            lambda qkv, rpb, name=name: natrain.na2d_qkvpacked(qkv, 7, rpb=rpb, kernel=name), packed
         )
-
-    def both(forward, inputs):
-        return lambda: torch.autograd.grad(forward(), inputs, d_out)
-
-    return {name: (forward, both(forward, inputs)) for name, (forward, inputs) in forwards.items()}
+    return found
 
 
 def main() -> None:
@@ -109,13 +134,11 @@ def main() -> None:
     parser.add_argument("--kernels", nargs="*", default=[])
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"torch {torch.__version__} on {args.device}, us a call, median of rounds of 100 calls")
-    print(f"{'':<24}{'inference':>11}{'forward':>11}{'with backward':>15}")
-    for name, (forward, both) in contenders(args.device, args.kernels).items():
-        with torch.no_grad():
-            inference_us = microseconds(forward, args.calls)
-        times = inference_us, microseconds(forward, args.calls), microseconds(both, args.calls)
-        print("{:<24}{:11.1f}{:11.1f}{:15.1f}".format(name, *times), flush=True)
+    print(f"torch {torch.__version__} on {args.device}, us a call, median of rounds of {BATCH} calls")
+    print(f"{'':<24}{'inference':>11}{'forward':>11}{'backward':>11}")
+    d_out = torch.randn(1, 8, 8, 2, 32, device=args.device)
+    for name, contender in contenders(args.device, args.kernels).items():
+        print("{:<24}{:11.1f}{:11.1f}{:11.1f}".format(name, *times_us(contender, args.calls, d_out)), flush=True)
 
 
 if __name__ == "__main__":
