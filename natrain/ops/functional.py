@@ -269,6 +269,10 @@ def _problem(
     if not isinstance(q, Tensor) or q.dim() - 3 not in AXES:
         value = tuple(q.shape) if isinstance(q, Tensor) else q
         raise invalid("q", value, "a Problem, or [B, *spatial, heads, head_dim] of rank 1 to 3", "explain(q, k, v, 7)")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_heads_last(name, tensor, q.dim() - 3)
+    check_kv(k, v, q)
+    check_key_mask(key_mask, q)
     run = _run_of(q, rpb, kernel_size, dilation, stride, is_causal, scale, dropout_p, "auto")
     needs_grad = any(t is not None and t.requires_grad for t in (q, k, v, rpb))
     return run.problem(q, k, v, rpb, key_mask, needs_grad=needs_grad)

@@ -103,6 +103,10 @@ def test_explain_prints_the_choice_and_every_reason(kernels):
     assert "na2d 8x8; batch 1, heads 2, head_dim 32; kernel_size (3, 3)" in text
     assert "picky      device cpu (has cuda)" in text and " chosen" in text
     assert natrain.explain(_problem()).chosen == natrain.explain(q, q, q, 3).chosen
+    grouped = natrain.explain(q, q[..., :1, :], q[..., :1, :8], 3, key_mask=torch.ones(1, 8, 8, dtype=torch.bool))
+    assert "kv_heads 1; value_dim 8; " in str(grouped) and "has_key_mask" in str(grouped)
+    with pytest.raises(ValueError, match="key_mask.shape"):
+        natrain.explain(q, q, q, 3, key_mask=torch.ones(1, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match="rank 1 to 3"):
         natrain.explain(torch.randn(3), None, None, 3)
 
