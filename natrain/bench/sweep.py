@@ -16,7 +16,6 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from natrain.bench import rows
+from natrain.bench.ahead import Ahead
 from natrain.bench.arms import Arm, find_arm
 from natrain.bench.case import WORDS, Case
 from natrain.bench.ceilings import copy_bytes_per_s, product_flops_per_s
@@ -32,12 +32,10 @@ from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import ArmSpec, Plan, parse_changes, read_plan
 from natrain.bench.run_case import DeviceLost, Outcome, Setup, close_calls, run_case
 from natrain.errors import invalid
-from natrain.jit import BuildError, BuildSpec, build, find_built
 
 # What a contender costs besides its timed calls, measured roughly: truth, warm-ups, capture; emptying the caches.
 _OVERHEAD_S = {"cuda": 0.08, "cpu": 0.02}
 _FLUSH_S = {"cuda": 0.0002, "cpu": 0.03}
-_COMPILE_S = 1.5
 _TRIES = 2  # times that a problem may end the process before it counts as failed
 
 Missing = dict[Case, dict[ArmSpec, list[str]]]
@@ -106,48 +104,18 @@ def count_runs(missing: Missing) -> int:
 
 
 def estimated_s(plan: Plan, missing: Missing, device: str) -> float:
-    """A guess of the seconds that these runs take, compilation included."""
+    """A guess of the seconds that these runs take once all is compiled."""
     total = 0.0
     for case, arms in missing.items():
         for arm, directions in arms.items():
             for which in directions:
                 call = kernel_seconds(case, arm.kernel, which, device)
                 total += _OVERHEAD_S[device] + min(plan.seconds, (plan.runs + 6) * (call + _FLUSH_S[device]))
-    return total + (_compile_s(missing) if device == "cuda" else 0)
+    return total
 
 
-def _compile_s(missing: Missing) -> float:
-    """Kernels not compiled yet, side by side on every processor."""
-    specs = {spec.key(): spec for case, arms in missing.items() for spec in _specs(case, arms)}
-    return _COMPILE_S * sum(find_built(spec) is None for spec in specs.values()) / (os.cpu_count() or 1)
-
-
-def _specs(case: Case, arms: Mapping[ArmSpec, Sequence[str]]) -> list[BuildSpec]:
-    if not torch.cuda.is_available():
-        return []
-    from natrain.jit.cuda import arch_of
-
-    arch = arch_of(torch.cuda.get_device_capability())
-    return [spec for arm in arms for spec in find_arm(arm.kernel).build_specs(case, arch)]
-
-
-def compile_ahead(cases: Mapping[Case, Mapping[ArmSpec, Sequence[str]]]) -> int:
-    """Compile all that these problems launch, on every processor at once; the number compiled.
-
-    A kernel that does not compile says so when it is measured.
-    """
-    specs = {spec.key(): spec for case, arms in cases.items() for spec in _specs(case, arms)}
-    todo = [spec for spec in specs.values() if find_built(spec) is None]
-
-    def attempt(spec: BuildSpec) -> None:
-        try:
-            build(spec)
-        except BuildError:
-            pass
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(attempt, todo))
-    return len(todo)
+def _to_compile(missing: Missing) -> list[tuple[Case, list[str]]]:
+    return [(case, [arm.kernel for arm in arms]) for case, arms in missing.items()]
 
 
 def run_sweep(plan: Plan, options: Options) -> int:
@@ -158,29 +126,40 @@ def run_sweep(plan: Plan, options: Options) -> int:
     """
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    missing = missing_runs(plan, options)
-    _announce(plan, missing, options)
-    if not missing:
-        return 0
-    rows.start(options.results)
     if options.device == "cuda":
         torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
     elif options.threads is not None:
         pin_threads(options.threads, options.shard[0])
-    _keep_plan(plan, options)
+    missing, ahead = missing_runs(plan, options), Ahead()
+    _announce(plan, missing, ahead, options)
+    if not missing:
+        return 0
     arms = {spec: _named(spec) for case in missing.values() for spec in case}
+    rows.start(options.results)
+    _keep_plan(plan, options)
     writer = _Writer(plan, options)
-    todo = list(missing.items())
     setup = Setup(options.device, plan.runs, plan.timer, plan.cache, plan.seconds)
-    for first in range(0, len(todo), options.chunk):
-        part = dict(todo[first : first + options.chunk])
-        if _is_over(started, options, _compile_s(part) if options.device == "cuda" else 0):
-            return _stop(len(todo) - first, options)
-        if compiled := compile_ahead(part):
+    todo, done = list(missing.items()), 0
+
+    def has_time_for(part: Missing, is_compiled: bool) -> bool:
+        if options.time_limit_s is None:
+            return True
+        needed = estimated_s(plan, dict([next(iter(part.items()))]), options.device)
+        needed += 0 if is_compiled or options.device == "cpu" else ahead.seconds(_to_compile(part))
+        return time.monotonic() - started + needed <= options.time_limit_s
+
+    while done < len(todo):
+        size = options.chunk
+        while not has_time_for(part := dict(todo[done : done + size]), is_compiled=False):
+            if size == 1:
+                return _stop(len(todo) - done, options)
+            size //= 2
+        if compiled := ahead.compile(_to_compile(part)) if options.device == "cuda" else 0:
             print(f"compiled {compiled} kernels, {time.monotonic() - started:.0f} s since the start", flush=True)
-        for index, (case, wanted) in enumerate(part.items(), start=first):
-            if _is_over(started, options, estimated_s(plan, {case: wanted}, options.device)):
-                return _stop(len(todo) - index, options)
+        for case, wanted in part.items():
+            if not has_time_for({case: wanted}, is_compiled=True):
+                return _stop(len(todo) - done, options)
+            done += 1
             with _Attempt(options, case) as tries:
                 if tries > _TRIES:
                     _give_up(writer, case, wanted)
@@ -189,7 +168,7 @@ def run_sweep(plan: Plan, options: Options) -> int:
                 for outcome in run_case(case, {arms[spec]: which for spec, which in wanted.items()}, setup):
                     writer.write(case, outcome)
                     found.append(outcome)
-            _say(f"[{index + 1}/{len(todo)}] {case.name}", found, plan.baseline)
+            _say(f"[{done}/{len(todo)}] {case.name}", found, plan.baseline)
     print(f"done in {time.monotonic() - started:.0f} s: {options.results}")
     return 0
 
@@ -201,13 +180,14 @@ def pin_threads(threads: int, index: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _announce(plan: Plan, missing: Missing, options: Options) -> None:
+def _announce(plan: Plan, missing: Missing, ahead: Ahead, options: Options) -> None:
     runs = count_runs(missing)
     total = len(plan.cases) * len(plan.arms) * len(plan.directions)
     left_out = f", {plan.num_left_out} combinations whose window does not fit left out" if plan.num_left_out else ""
     print(f"{plan.name} ({plan.digest}): {len(plan.cases)} problems, {total} runs in all{left_out}")
     threads = f", {torch.get_num_threads()} threads, wall clock" if options.device == "cpu" else ""
-    seconds = estimated_s(plan, missing, options.device) if missing else 0
+    seconds = estimated_s(plan, missing, options.device)
+    seconds += ahead.seconds(_to_compile(missing)) if options.device == "cuda" else 0
     print(f"to measure: {runs} runs on {options.device}{threads}, about {seconds:.0f} s; {options.results}", flush=True)
 
 
@@ -233,10 +213,6 @@ def _named(spec: ArmSpec) -> Arm:
 
         arm = KernelArm(spec.kernel, spec.name)
     return arm
-
-
-def _is_over(started: float, options: Options, needed_s: float) -> bool:
-    return options.time_limit_s is not None and time.monotonic() - started + needed_s > options.time_limit_s
 
 
 def _stop(problems: int, options: Options) -> int:

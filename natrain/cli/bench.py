@@ -21,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from natrain.bench.ahead import Ahead
     from natrain.bench.arms import find_arm
     from natrain.bench.case import WORDS, Case
     from natrain.bench.ceilings import copy_bytes_per_s
     from natrain.bench.environment import environment
     from natrain.bench.one import heading, refusals, table, text_of
-    from natrain.bench.plan import ArmSpec
     from natrain.bench.run_case import Setup, close_calls, run_case
-    from natrain.bench.sweep import compile_ahead, default_device
+    from natrain.bench.sweep import default_device
 
     words = {}
     for word in arguments.words:
@@ -44,7 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = settings["kernels"].split(",") if settings["kernels"] else _default_arms(case, device)
     arms = [find_arm(name) for name in dict.fromkeys(names)]
     setup = Setup(device, int(settings["runs"]), settings["timer"], settings["cache"])
-    compile_ahead({case: {ArmSpec(arm.name, arm.name): [] for arm in arms}})
+    if device == "cuda":
+        Ahead().compile([(case, names)])
     bytes_per_s = copy_bytes_per_s(device)
     outcomes = list(run_case(case, {arm: ("forward", "backward") for arm in arms}, setup))
     print(heading(case, setup, bytes_per_s, environment(device)["device"]))
