@@ -23,8 +23,11 @@ static_assert(!(IS_STAGED && BY_KEY && CHUNKS > 1));
 constexpr int X_PITCH = row_pitch(IS_FLOAT), WEIGHTS_PITCH = PITCH * sizeof(Element), OUT_PITCH = row_pitch(false);
 constexpr int WEIGHTS_AT = STAGES * CHUNK * X_PITCH;
 constexpr int WEIGHT_ROWS = !IS_STAGED ? 0 : BY_KEY ? HALO : WARPS * ROWS;
+// Staged weights are read before it is known that they are any pair's: up to a line before the first row and past the last.
+constexpr int SLACK = IS_STAGED ? ((halo(2) + COLUMNS) * int(sizeof(Element)) + 15) / 16 * 16 : 0;
+static_assert(WEIGHTS_AT >= SLACK);
 // The sums go out through the same memory.
-constexpr int FETCHED_BYTES = WEIGHTS_AT + WEIGHT_ROWS * WEIGHTS_PITCH, OUT_BYTES = WARPS * ROWS * OUT_PITCH;
+constexpr int FETCHED_BYTES = WEIGHTS_AT + WEIGHT_ROWS * WEIGHTS_PITCH + SLACK, OUT_BYTES = WARPS * ROWS * OUT_PITCH;
 static_assert((FETCHED_BYTES > OUT_BYTES ? FETCHED_BYTES : OUT_BYTES) == NATRAIN_SHARED_BYTES);
 
 // Windows of a query at `position` along an axis, counted from `origin`; a count of 0 for a position that is none.
@@ -40,12 +43,25 @@ struct Span {
   __device__ __forceinline__ bool holds(int key) const { return unsigned(key - first) < unsigned(count); }
 };
 
-template <class T>
-__device__ __forceinline__ unsigned bits_of(T x) {
-  if constexpr (IS_FLOAT)
-    return __float_as_uint(x);
-  else
-    return x.bits;
+__device__ __forceinline__ unsigned bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ unsigned bits_of(float16 x) { return x.bits; }
+__device__ __forceinline__ unsigned bits_of(bfloat16 x) { return x.bits; }
+
+constexpr int WIDTH = IS_FLOAT ? 1 : 2;  // weights a word
+
+// A word of weights at `first` (and `second`), where `mask` has bits.
+__device__ __forceinline__ unsigned load_word(const Element* first, const Element* second, unsigned mask) {
+  if (IS_STAGED) {
+    const unsigned word = IS_FLOAT ? bits_of(*first) : bits_of(*first) | bits_of(*second) << 16;
+    return word & mask;
+  }
+  unsigned word = mask & 0xffffu ? bits_of(*first) : 0;
+  if (!IS_FLOAT && mask >> 16) word |= bits_of(*second) << 16;
+  return word;
+}
+
+__device__ __forceinline__ unsigned mask_of(bool holds, int element) {
+  return !holds ? 0 : IS_FLOAT ? 0xffffffffu : 0xffffu << 16 * element;
 }
 
 // av: the lane's two queries.
@@ -69,16 +85,27 @@ struct QueryRows {
 __device__ __forceinline__ void sum_by_query(const Tile& tile, const QueryRows& rows, int chunk, int stage,
                                              const unsigned char* shared, float (&sums)[BLOCKS][4]) {
   for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += COLUMNS) {
+    const Element* first[2];  // weight of column own_column(lane, 0) in the first line of either window
+    unsigned masks[2 * PAIRS] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      first[i] = rows.weights[i] + (block + own_column(tile.lane, 0) - rows.x[i].first);
+#pragma unroll
+      for (int p = 0; p < PAIRS; ++p)
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e)
+          masks[2 * p + i] |= mask_of(rows.x[i].holds(block + own_column(tile.lane, p) + e), e);
+    }
     for_each_line(tile, chunk, block, [&](int z, int y, int row) {
-      unsigned weights[2][4];
+      unsigned weights[2 * PAIRS];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool has_line = rows.z[i].holds(z) && rows.y[i].holds(y);
-        const Element* line = rows.weights[i] + ((z - rows.z[i].first) * KY + (y - rows.y[i].first)) * KX - rows.x[i].first;
+        const Element* line = first[i] + (has_line ? ((z - rows.z[i].first) * KY + (y - rows.y[i].first)) * KX : 0);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const int x = block + own_column(tile.lane, j);
-          weights[i][j] = has_line && rows.x[i].holds(x) ? bits_of(line[x]) : 0;
+        for (int p = 0; p < PAIRS; ++p) {
+          const Element* at = line + (own_column(0, p) - own_column(0, 0));
+          weights[2 * p + i] = load_word(at, at + 1, has_line ? masks[2 * p + i] : 0);
         }
       }
       weighted_sums(weights, (stage + row) * X_PITCH, shared, tile.lane, sums);
@@ -103,31 +130,42 @@ struct KeyRows {
 
 __device__ __forceinline__ void sum_by_key(const Tile& tile, const KeyRows& rows, int chunk, int stage,
                                            const unsigned char* shared, float (&sums)[BLOCKS][4]) {
+  // Keys 8 rows apart stand in the same column unless a warp's rows are one line of 16.
+  constexpr int APART = row_tile(2) == ROWS ? 2 : 1;
   for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += COLUMNS) {
-    // Slot along x of either key in the windows of the lane's four queries of a line; -1 for none.
-    int slot_x[2][4];
-    Offset query[4];
+    // Of the lane's queries in a line: where either key's weight lies, in the first line of the query's window.
+    Offset query[APART][PAIRS * WIDTH];
+    unsigned masks[2 * PAIRS] = {};
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int x = block + own_column(tile.lane, j), position = tile.halo_first[2] + x;
-      query[j] = IS_STAGED ? Offset(x * PITCH) : rows.step.x * position;
-      const Span span(2, position, tile.length[2], 0);
+    for (int p = 0; p < PAIRS; ++p)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) slot_x[i][j] = span.holds(rows.key[i][2]) ? rows.key[i][2] - span.first : -1;
-    }
+      for (int e = 0; e < WIDTH; ++e) {
+        const int x = block + own_column(tile.lane, p) + e, position = tile.halo_first[2] + x;
+        const Span span(2, position, tile.length[2], 0);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int slot = rows.key[i][2] - span.first;
+          if (i < APART) query[i][p * WIDTH + e] = (IS_STAGED ? Offset(x * PITCH) : rows.step.x * position) + slot;
+          masks[2 * p + i] |= mask_of(span.holds(rows.key[i][2]), e);
+        }
+      }
     for_each_line(tile, chunk, block, [&](int z, int y, int row) {
       const int query_z = tile.halo_first[0] + z, query_y = tile.halo_first[1] + y;
       const Span span_z(0, query_z, tile.length[0], 0), span_y(1, query_y, tile.length[1], 0);
       const Element* line =
           rows.weights + (IS_STAGED ? Offset((z * halo(1) + y) * halo(2) * PITCH) : rows.step.to(query_z, query_y, 0));
-      unsigned weights[2][4];
+      unsigned weights[2 * PAIRS];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const bool has_line = span_z.holds(rows.key[i][0]) && span_y.holds(rows.key[i][1]);
         const int slot = ((rows.key[i][0] - span_z.first) * KY + (rows.key[i][1] - span_y.first)) * KX;
+        const Element* own_line = line + (has_line ? slot : 0);
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          weights[i][j] = has_line && slot_x[i][j] >= 0 ? bits_of(line[query[j] + slot + slot_x[i][j]]) : 0;
+        for (int p = 0; p < PAIRS; ++p) {
+          const Offset(&from)[PAIRS * WIDTH] = query[i < APART ? i : 0];
+          weights[2 * p + i] = load_word(own_line + from[p * WIDTH], own_line + from[p * WIDTH + WIDTH - 1],
+                                         has_line ? masks[2 * p + i] : 0);
+        }
       }
       weighted_sums(weights, (stage + row) * X_PITCH, shared, tile.lane, sums);
     });

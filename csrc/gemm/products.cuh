@@ -73,22 +73,20 @@ __device__ __forceinline__ void dot_products(const unsigned (&a)[DEPTHS][4], uns
   }
 }
 
-// Columns, of 16, whose weights a lane brings to a weighted sum.
-__device__ __forceinline__ int own_column(int lane, int i) {
-  return IS_FLOAT ? lane % 4 + 4 * i : lane % 4 * 2 + i % 2 + i / 2 * 8;
-}
+// A lane's weights of 16 rows and 16 columns, as the left factor of weighted sums: word 2 p + i holds, of row lane / 4 + 8 i,
+// the columns own_column(lane, p) and, of 16-bit elements, the one after it.
+constexpr int PAIRS = IS_FLOAT ? 4 : 2;
+__device__ __forceinline__ int own_column(int lane, int p) { return IS_FLOAT ? lane % 4 + 4 * p : lane % 4 * 2 + 8 * p; }
 
 constexpr int BLOCKS = HEAD_DIM / 8;  // of 8 components of a weighted sum
 
-// sums += weights * the 16 rows of D at `columns`; weight [i][j] is of row lane / 4 + 8 i and column own_column(lane, j), as
-// the bits of an Element.
-__device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2][4], unsigned columns, const unsigned char* shared,
-                                              int lane, float (&sums)[BLOCKS][4]) {
+// sums += weights * the 16 rows of D at `columns`.
+__device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2 * PAIRS], unsigned columns,
+                                              const unsigned char* shared, int lane, float (&sums)[BLOCKS][4]) {
   if constexpr (IS_FLOAT) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned a[4] = {weights[0][2 * half], weights[1][2 * half], weights[0][2 * half + 1],
-                             weights[1][2 * half + 1]};
+      const unsigned a[4] = {weights[4 * half], weights[4 * half + 1], weights[4 * half + 2], weights[4 * half + 3]};
       const unsigned char* row = shared + columns + (8 * half + lane % 4) * row_pitch(true) + lane / 4 * 4;
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) {
@@ -98,8 +96,7 @@ __device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2][4], u
       }
     }
   } else {
-    const unsigned a[4] = {weights[0][0] | weights[0][1] << 16, weights[1][0] | weights[1][1] << 16,
-                           weights[0][2] | weights[0][3] << 16, weights[1][2] | weights[1][3] << 16};
+    const unsigned a[4] = {weights[0], weights[1], weights[2], weights[3]};
     const unsigned row = shared_address(shared) + columns + lane % 16 * row_pitch(false);
 #pragma unroll
     for (int block = 0; block < BLOCKS; block += 2) {

@@ -22,9 +22,14 @@ constexpr bool ANY_CAUSAL = is_causal(0) || is_causal(1) || is_causal(2);
 constexpr int HELD = NATRAIN_HELD, HELD_PIECES = HELD / PIECE, HELD_PITCH = HELD * sizeof(Element);
 static_assert(HELD % PIECE == 0 && (CHUNKS > 1 || HELD == PITCH));
 constexpr int D_PITCH = row_pitch(false);
-// Keys of a chunk or two, then of every warp its queries and its rows of scores.
+// The head's bias, where it is small; a large one is read from global memory.
+constexpr int ENTRIES = (2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1);
+constexpr bool IS_BIAS_STAGED = NATRAIN_BIAS_BYTES > 0;
+static_assert(!IS_BIAS_STAGED || NATRAIN_BIAS_BYTES >= ENTRIES * sizeof(float));
+// Keys of a chunk or two, then of every warp its queries and its rows of scores, then the bias.
 constexpr int QUERIES_AT = STAGES * CHUNK * D_PITCH, SCORES_AT = QUERIES_AT + WARPS * ROWS * D_PITCH;
-static_assert(SCORES_AT + WARPS * ROWS * HELD_PITCH == NATRAIN_SHARED_BYTES);
+constexpr int BIAS_AT = SCORES_AT + WARPS * ROWS * HELD_PITCH;
+static_assert(BIAS_AT + NATRAIN_BIAS_BYTES == NATRAIN_SHARED_BYTES);
 
 // A query's window, counted from the halo's first key.
 struct Query {
@@ -70,35 +75,35 @@ struct Scores {
   // Writes the pieces that are complete after a chunk, and moves the incomplete one to the front.
   __device__ __forceinline__ void flush(const Tile& tile, const Geometry& g, int chunk, Element* out,
                                         const Layout& at) const {
-    const bool is_last = chunk == CHUNKS - 1;
-    Element* const origin = tile.origin(out, at);
-    const Step step(g, at);
-    // A causal query's slots may end before its row does.
-    const int count = CHUNKS > 1 && is_last && ANY_CAUSAL ? WEIGHT_PIECES : HELD_PIECES;
-    for (int i = tile.lane; i < ROWS * count; i += 32) {
-      const int r = i / count, piece = i % count;
-      if (!tile.has_row(r)) continue;
-      int first = 0, end = WEIGHT_PIECES;
-      if (CHUNKS > 1) {
+    if constexpr (CHUNKS == 1) {
+      store_own<WEIGHT_PIECES>(tile, g, reinterpret_cast<const unsigned char*>(held), HELD_PITCH, out, at);
+    } else {
+      const bool is_last = chunk == CHUNKS - 1;
+      Element* const origin = tile.origin(out, at);
+      const Step step(g, at);
+      // A causal query's slots may end before its row does.
+      const int count = is_last && ANY_CAUSAL ? WEIGHT_PIECES : HELD_PIECES;
+      for (int i = tile.lane; i < ROWS * count; i += 32) {
+        const int r = i / count, piece = i % count;
+        if (!tile.has_row(r)) continue;
         const Query query(tile, r);
-        first = query.held_from(chunk) / PIECE;
-        if (!is_last) end = query.held_from(chunk + 1) / PIECE;
+        const int first = query.held_from(chunk) / PIECE;
+        const int end = is_last ? WEIGHT_PIECES : query.held_from(chunk + 1) / PIECE;
+        if (first + piece < end)
+          *reinterpret_cast<uint4*>(origin + step.to_row(tile, r) + (first + piece) * PIECE) =
+              piece < HELD_PIECES ? reinterpret_cast<const uint4*>(held)[r * HELD_PIECES + piece] : fill_piece;
       }
-      if (first + piece < end)
-        *reinterpret_cast<uint4*>(origin + step.to_row(tile, r) + (first + piece) * PIECE) =
-            piece < HELD_PIECES ? reinterpret_cast<const uint4*>(held)[r * HELD_PIECES + piece] : fill_piece;
+      __syncwarp();
+      if (tile.lane < ROWS && !is_last) {
+        const Query query(tile, tile.lane);
+        const int next = (query.held_from(chunk + 1) - query.held_from(chunk)) / PIECE;
+        uint4* const row = reinterpret_cast<uint4*>(held) + tile.lane * HELD_PIECES;
+        if (next > 0) row[0] = next < HELD_PIECES ? row[next] : fill_piece;
+      }
+      __syncwarp();
+      fill(tile.lane, 1);
+      __syncwarp();
     }
-    if (CHUNKS == 1) return;
-    __syncwarp();
-    if (tile.lane < ROWS && !is_last) {
-      const Query query(tile, tile.lane);
-      const int next = (query.held_from(chunk + 1) - query.held_from(chunk)) / PIECE;
-      uint4* const row = reinterpret_cast<uint4*>(held) + tile.lane * HELD_PIECES;
-      if (next > 0) row[0] = next < HELD_PIECES ? row[next] : fill_piece;
-    }
-    __syncwarp();
-    fill(tile.lane, 1);
-    __syncwarp();
   }
 };
 
@@ -119,7 +124,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __gr
   const Query queries[2] = {Query(tile, tile.lane / 4), Query(tile, tile.lane / 4 + 8)};
   const float scale = float(args.scale);
 #if NATRAIN_HAS_RPB
-  const float* const bias = args.rpb + tile.head * (long long)((2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1));
+  const float* bias = args.rpb + tile.head * (long long)ENTRIES;
+  if constexpr (IS_BIAS_STAGED) {
+    float* const staged = reinterpret_cast<float*>(shared + BIAS_AT);
+    for (int i = threadIdx.x; i < ENTRIES; i += THREADS) staged[i] = __ldg(bias + i);
+    bias = staged;
+  }
 #endif
 
   unsigned a[DEPTHS][4];
@@ -130,6 +140,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __gr
     for (int i = 0; i < 2; ++i) rows[i] = scores.held + (tile.lane / 4 + 8 * i) * HELD - queries[i].held_from(chunk);
     for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += 8) {
       const int x = block + tile.lane % 4 * 2;
+      Element* at[2];  // score of column x in the first line of either query's window
+      const float* entry[2];  // its bias, were it in line (0, 0)
+      bool holds[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        at[i] = rows[i] + (x - queries[i].first[2]);
+#if NATRAIN_HAS_RPB
+        entry[i] = bias + (queries[i].bias + x);
+#endif
+#pragma unroll
+        for (int j = 0; j < 2; ++j) holds[i][j] = unsigned(x + j - queries[i].first[2]) < unsigned(queries[i].count[2]);
+      }
       for_each_line(tile, chunk, block, [&](int z, int y, int row) {
         float dots[4] = {};
         dot_products(a, keys_at + (stage + row) * D_PITCH, tile.lane, dots);
@@ -137,17 +159,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __gr
         for (int i = 0; i < 2; ++i) {
           const Query& query = queries[i];
           const int slot_z = z - query.first[0], slot_y = y - query.first[1];
-          if (unsigned(slot_z) >= unsigned(query.count[0]) || unsigned(slot_y) >= unsigned(query.count[1])) continue;
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int slot_x = x + j - query.first[2];
-            if (unsigned(slot_x) >= unsigned(query.count[2])) continue;
-            float score = dots[2 * i + j] * scale;
+          const bool has_line = unsigned(slot_z) < unsigned(query.count[0]) && unsigned(slot_y) < unsigned(query.count[1]);
+          float score[2] = {dots[2 * i] * scale, dots[2 * i + 1] * scale};
 #if NATRAIN_HAS_RPB
-            score += __ldg(bias + (query.bias + (z * (2 * KY - 1) + y) * (2 * KX - 1) + x + j));
+          const float* line = entry[i] + (z * (2 * KY - 1) + y) * (2 * KX - 1);
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (has_line && holds[i][j]) score[j] += line[j];
 #endif
-            rows[i][(slot_z * KY + slot_y) * KX + slot_x] = narrow<Element>(score);
-          }
+          Element* const to = at[i] + (slot_z * KY + slot_y) * KX;
+#pragma unroll
+          for (int j = 0; j < 2; ++j)
+            if (has_line && holds[i][j]) to[j] = narrow<Element>(score[j]);
         }
       });
     }

@@ -9,7 +9,7 @@
 // A halo that is too large goes through shared memory in *chunks*, runs of CHUNK columns in row-major order: whole lines, or
 // parts of the only line. The next chunk is fetched while one is worked on.
 //
-// Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_PITCH (elements
+// Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_RANK, NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_PITCH (elements
 // from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
 // NATRAIN_BY_KEY, NATRAIN_ROW_Z.., NATRAIN_WARPS_Z.., NATRAIN_HALO_Z.. (of which every line of
 // every box has a multiple of 16 columns), NATRAIN_CHUNK.
@@ -30,6 +30,8 @@ NATRAIN_PER_AXIS(int, halo, HALO)
 
 constexpr int HEAD_DIM = NATRAIN_HEAD_DIM, PITCH = NATRAIN_PITCH;
 constexpr bool BY_KEY = NATRAIN_BY_KEY;
+// Axes that a problem of lower rank lacks cost nothing.
+__device__ constexpr bool has_axis(int axis) { return axis >= 3 - NATRAIN_RANK; }
 constexpr int NEIGHBORS = kernel_size(0) * kernel_size(1) * kernel_size(2);
 constexpr int ROWS = 16, COLUMNS = 16;  // of one product
 constexpr int WARPS = warps(0) * warps(1) * warps(2), THREADS = 32 * WARPS;
@@ -81,6 +83,11 @@ struct Tile {
     block /= g.heads;
 #pragma unroll
     for (int axis = 2; axis >= 0; --axis) {
+      if (!has_axis(axis)) {
+        group[axis] = warp_first[axis] = halo_first[axis] = box_first[axis] = 0;
+        length[axis] = box_end[axis] = 1;
+        continue;
+      }
       group[axis] = block % g.dilation[axis];
       block /= g.dilation[axis];
       const unsigned tile = block % g.tiles[axis];
@@ -101,6 +108,7 @@ struct Tile {
 
   // Position of the warp's row r along an axis; it may lie past the end of the group.
   __device__ __forceinline__ int row(int axis, int r) const {
+    if (!has_axis(axis)) return 0;
     return warp_first[axis] + (axis == 2   ? r % row_tile(2)
                                : axis == 1 ? r / row_tile(2) % row_tile(1)
                                            : r / (row_tile(2) * row_tile(1)));
@@ -135,32 +143,31 @@ struct Step {
   }
 };
 
-// Begins to fetch COUNT rows of PIECES 16-byte pieces into rows of `pitch` bytes; `source_of(row)` is null for zeros, which
-// also fill the pieces from PIECES on to FILLED.
-template <int PIECES, int FILLED, class SourceOf>
-__device__ __forceinline__ void fetch_rows(unsigned shared, int pitch, int count, int thread, int threads,
-                                           SourceOf source_of) {
-  for (int i = thread; i < count * FILLED; i += threads) {
-    const int row = i / FILLED, piece = i % FILLED;
-    const Element* source = source_of(row);
-    const bool is_valid = source && (PIECES == FILLED || piece < PIECES);
-    cp_async_16(shared + row * pitch + piece * 16, source + (is_valid ? piece * PIECE : 0), is_valid);
-  }
-}
-
-// A chunk's rows of `x` [B, *S, N, W]: W of D (filled to whole depths) or of weights.
+// Begins to fetch a chunk's rows of `x` [B, *S, N, W], in PIECES 16-byte pieces, into rows of `pitch` bytes; zeros where
+// there is no token, and in the pieces from PIECES on to FILLED. A warp takes whole lines, so that a lane's column and piece
+// are the same in each; of a single line it takes a part.
 template <int PIECES, int FILLED>
 __device__ __forceinline__ void fetch_chunk(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
                                             int chunk, unsigned shared, int pitch) {
-  const Element* origin = tile.origin(x, at);
+  constexpr int WIDTH = HAS_LINES ? halo(2) : CHUNK, LINES = CHUNK / WIDTH, ROUNDS = (WIDTH * FILLED + 31) / 32;
+  const Element* const origin = tile.origin(x, at);
   const Step step(g, at);
-  fetch_rows<PIECES, FILLED>(shared, pitch, CHUNK, threadIdx.x, THREADS, [&](int row) {
-    const int column = chunk * CHUNK + row;
-    const int px = tile.halo_first[2] + column % halo(2), py = tile.halo_first[1] + column / halo(2) % halo(1);
-    const int pz = tile.halo_first[0] + column / (halo(2) * halo(1));
-    const bool is_inside = pz < tile.length[0] && py < tile.length[1] && px < tile.length[2];
-    return is_inside ? origin + step.to(pz, py, px) : nullptr;
-  });
+#pragma unroll(HAS_LINES && ROUNDS <= 8 ? ROUNDS : 1)
+  for (int round = HAS_LINES ? 0 : tile.warp; round < ROUNDS; round += HAS_LINES ? 1 : WARPS) {
+    const int index = round * 32 + tile.lane, column = index / FILLED, piece = index % FILLED;
+    if (WIDTH * FILLED % 32 != 0 && column >= WIDTH) continue;
+    const int px = tile.halo_first[2] + (HAS_LINES ? 0 : chunk * CHUNK) + column;
+    const bool is_filled = px < tile.length[2] && (PIECES == FILLED || piece < PIECES);
+    const Element* const source = origin + (step.x * px + piece * PIECE);
+    const unsigned target = shared + column * pitch + piece * 16;
+    for (int line = HAS_LINES ? tile.warp : 0; line < LINES; line += HAS_LINES ? WARPS : 1) {
+      const int pz = tile.halo_first[0] + (chunk * LINES + line) / halo(1);
+      const int py = tile.halo_first[1] + (chunk * LINES + line) % halo(1);
+      const bool is_valid = is_filled && (!HAS_LINES || (py < tile.length[1] && pz < tile.length[0]));
+      const Offset to_line = HAS_LINES ? step.z * pz + step.y * py : Offset(0);
+      cp_async_16(target + line * WIDTH * pitch, is_valid ? source + to_line : origin, is_valid);
+    }
+  }
 }
 
 // Columns along x of the warp's box that lie in a chunk; parts of a line begin at multiples of COLUMNS.
@@ -205,28 +212,50 @@ __device__ __forceinline__ void for_each_chunk(const Tile& tile, const Geometry&
   }
 }
 
-// The warp's own 16 rows of `x`; past the group's end the last token again.
+// The warp's own rows of [B, *S, N, W]; all of its lanes call together.
+struct OwnRows {
+  Offset offset;   // of row lane % 16 (the group's last token where it lies past the end), from the group's first token
+  unsigned there;  // bit r: row r is not past the end
+  int lane;
+
+  __device__ __forceinline__ OwnRows(const Tile& tile, const Geometry& g, const Layout& at)
+      : offset(Step(g, at).to_row(tile, tile.lane % ROWS)),
+        there(__ballot_sync(WARP, tile.has_row(tile.lane % ROWS))),
+        lane(tile.lane) {}
+
+  // Visits every piece (offset of the row, row, piece, whether the row is there).
+  template <int PIECES, class Visit>
+  __device__ __forceinline__ void for_each_piece(Visit visit) const {
+#pragma unroll(PIECES <= 16 ? (ROWS * PIECES + 31) / 32 : 1)
+    for (int first = 0; first < ROWS * PIECES; first += 32) {
+      const int r = min((first + lane) / PIECES, ROWS - 1), piece = (first + lane) % PIECES;
+      const Offset row = __shfl_sync(WARP, offset, r);
+      if (ROWS * PIECES % 32 == 0 || first + lane < ROWS * PIECES) visit(row, r, piece, there >> r & 1);
+    }
+  }
+};
+
+// Begins to fetch the warp's rows, as fetch_chunk does; past the group's end the last token again.
 template <int PIECES, int FILLED>
 __device__ __forceinline__ void fetch_own(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
                                           unsigned shared, int pitch) {
-  const Element* origin = tile.origin(x, at);
-  const Step step(g, at);
-  fetch_rows<PIECES, FILLED>(shared, pitch, ROWS, tile.lane, 32,
-                             [&](int r) { return origin + step.to_row(tile, r); });
+  const Element* const origin = tile.origin(x, at);
+  OwnRows(tile, g, at).for_each_piece<FILLED>([&](Offset row, int r, int piece, bool) {
+    const bool is_valid = PIECES == FILLED || piece < PIECES;
+    cp_async_16(shared + r * pitch + piece * 16, origin + row + (is_valid ? piece * PIECE : 0), is_valid);
+  });
 }
 
-// Writes the warp's 16 rows of PIECES pieces from shared memory to `out`.
+// Writes the warp's rows of PIECES pieces from shared memory to `out`.
 template <int PIECES>
 __device__ __forceinline__ void store_own(const Tile& tile, const Geometry& g, const unsigned char* shared, int pitch,
                                           Element* out, const Layout& at) {
-  Element* origin = tile.origin(out, at);
-  const Step step(g, at);
-  for (int i = tile.lane; i < ROWS * PIECES; i += 32) {
-    const int r = i / PIECES, piece = i % PIECES;
-    if (tile.has_row(r))
-      *reinterpret_cast<uint4*>(origin + step.to_row(tile, r) + piece * PIECE) =
+  Element* const origin = tile.origin(out, at);
+  OwnRows(tile, g, at).for_each_piece<PIECES>([&](Offset row, int r, int piece, bool is_there) {
+    if (is_there)
+      *reinterpret_cast<uint4*>(origin + row + piece * PIECE) =
           *reinterpret_cast<const uint4*>(shared + r * pitch + piece * 16);
-  }
+  });
 }
 
 }  // namespace natrain

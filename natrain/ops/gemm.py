@@ -46,6 +46,7 @@ def gemm_defines(
 ) -> dict[str, object]:
     """The constants of csrc/gemm/*.cuh; lengths, dilation, heads and strides stay run-time arguments."""
     defines = {
+        "NATRAIN_RANK": window.na_dim,
         "NATRAIN_DTYPE": DTYPES[dtype],
         **window_defines(window),
         "NATRAIN_HEAD_DIM": head_dim,
@@ -56,6 +57,7 @@ def gemm_defines(
         "NATRAIN_IS_STAGED": int(tiling.is_staged),
         "NATRAIN_CHUNK": tiling.chunk,
         "NATRAIN_HELD": tiling.held,
+        "NATRAIN_BIAS_BYTES": tiling.bias_bytes,
         "NATRAIN_TERMS": terms,
         "NATRAIN_SHARED_BYTES": tiling.shared_bytes,
     }
@@ -82,7 +84,7 @@ def _plan(
     whole = ACCESS_BYTES // row.element_size()
     if access_width(whole, *tensors) < whole or head_dim % whole:
         return None
-    tiling = choose_gemm_tiling(primitive, tuple(axes), window, head_dim, row.dtype)
+    tiling = choose_gemm_tiling(primitive, tuple(axes), window, head_dim, row.dtype, has_rpb)
     if tiling is None:
         return None
     layouts = [Layout.of(x) for x in tensors]
@@ -170,7 +172,7 @@ class GemmKernel(NaiveKernel):
         wanted |= {(name, dim, False) for name in ("av", "inverse") for dim in (problem.head_dim, problem.value_dim)}
         specs, delegated = [], set()
         for primitive, head_dim, has_rpb in sorted(wanted):
-            tiling = choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype)
+            tiling = choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype, has_rpb)
             if tiling is None:
                 delegated.add(f"natrain_naive_{primitive}")
                 continue

@@ -20,6 +20,7 @@ ROWS = COLUMNS = 16  # of one product
 MAX_SHARED_BYTES = 227 * 1024  # of a block, sm_90; sm_80 has 163 KiB
 _ROW_TILES = (1, 2, 4, 8, 16)
 _WARPS = (1, 2, 4, 8)
+_MOST_BIAS_BYTES = 8 * 1024
 
 
 @functools.lru_cache(maxsize=256)
@@ -64,6 +65,7 @@ class GemmTiling:
         chunk: of them, in shared memory at once (and as many again on their way, where that is not all).
         held: scores of a row that qk holds in shared memory.
         is_staged: av and inverse read weights from shared memory.
+        bias_bytes: of a head's bias that qk holds there.
         tiles: blocks that cover the longest dilation group.
     """
 
@@ -74,6 +76,7 @@ class GemmTiling:
     held: int
     is_staged: bool
     tiles: tuple[int, int, int]
+    bias_bytes: int
     shared_bytes: int
     cost: float
 
@@ -91,6 +94,7 @@ class _Primitive:
     itemsize: int
     pitch: int  # of a row of weights, elements
     line_slots: int  # of a line of a window: its extent along x
+    bias_bytes: int  # of a head's bias in shared memory
 
     @property
     def row_bytes(self) -> int:
@@ -109,12 +113,17 @@ class _Primitive:
         piece = ACCESS_BYTES // self.itemsize
         return min(self.pitch, -(-(slots + piece - 1) // piece) * piece)
 
-    def shared_bytes(self, halo: int, chunk: int, held: int, rows: int, is_staged: bool) -> int:
-        stages = 1 if chunk == halo else 2
+    def shared_bytes(self, halo: tuple[int, int, int], chunk: int, held: int, rows: int, is_staged: bool) -> int:
+        columns = math.prod(halo)
+        stages = 1 if chunk == columns else 2
         if self.name == "qk":
-            return stages * chunk * self.shared_row(False) + rows * (self.shared_row(False) + held * self.itemsize)
-        weight_rows = 0 if not is_staged else halo if self.name == "inverse" else rows
-        fetched = stages * chunk * self.shared_row(self.itemsize == 4) + weight_rows * self.pitch * self.itemsize
+            row = self.shared_row(False)
+            return stages * chunk * row + rows * (row + held * self.itemsize) + self.bias_bytes
+        fetched = stages * chunk * self.shared_row(self.itemsize == 4)
+        if is_staged:
+            # Reads go past the last row by a line at most.
+            slack = -(-(halo[2] + COLUMNS) * self.itemsize // 16) * 16
+            fetched += (columns if self.name == "inverse" else rows) * self.pitch * self.itemsize + slack
         return max(fetched, rows * self.shared_row(False))
 
     def cost(self, box: int, halo: int, chunk: int, warps: int, is_staged: bool, shared: int) -> float:
@@ -149,6 +158,7 @@ def choose_gemm_tiling(
     window: Window,
     head_dim: int,
     dtype: torch.dtype,
+    has_rpb: bool = False,
     max_shared_bytes: int = MAX_SHARED_BYTES,
 ) -> GemmTiling | None:
     """The cheapest tiling of qk, av or inverse, or None where none fits shared memory."""
@@ -156,11 +166,14 @@ def choose_gemm_tiling(
     strides, causal = three_axes(window.stride, 1), three_axes(window.is_causal, False)
     axes = list(zip(lengths, dilation, sizes, strides, causal, strict=True))
     pitch = weights_pitch(window.num_neighbors, dtype)
-    need = _Primitive(primitive, head_dim, dtype.itemsize, pitch, sizes[2])
+    bias_bytes = -(-4 * math.prod(window.rpb_shape) // ACCESS_BYTES) * ACCESS_BYTES
+    if not has_rpb or bias_bytes > _MOST_BIAS_BYTES:
+        bias_bytes = 0
+    need = _Primitive(primitive, head_dim, dtype.itemsize, pitch, sizes[2], bias_bytes)
     groups = [-(-length // d) for length, d in zip(lengths, dilation, strict=True)]
     best = None
     for row in itertools.product(_ROW_TILES, repeat=3):
-        if math.prod(row) != ROWS:
+        if math.prod(row) != ROWS or math.prod(row[: 3 - len(spatial)]) > 1:
             continue
         for warps in itertools.product(_WARPS, repeat=3):
             covered = [r * w for r, w in zip(row, warps, strict=True)]
@@ -180,10 +193,10 @@ def choose_gemm_tiling(
                 if is_staged and (primitive == "qk" or (primitive == "inverse" and chunk < size)):
                     continue
                 held = need.held(halo, chunk)
-                shared = need.shared_bytes(size, chunk, held, ROWS * count, is_staged)
+                shared = need.shared_bytes(halo, chunk, held, ROWS * count, is_staged)
                 if shared > max_shared_bytes:
                     continue
                 cost = need.cost(box, size, chunk, count, is_staged, shared) * blocks
                 if best is None or cost < best.cost:
-                    best = GemmTiling(row, warps, halo, chunk, held, is_staged, tiles, shared, cost)
+                    best = GemmTiling(row, warps, halo, chunk, held, is_staged, tiles, bias_bytes, shared, cost)
     return best
