@@ -239,3 +239,20 @@ def test_peers_compute_what_they_say(arm, tmp_path):
     assert run_sweep(make_plan("peers", settings, "", {}), Options(tmp_path, "cpu", {})) == 0
     found = results(tmp_path)
     assert len(found) == 4 and all(row["status"] == "ok" and float(row["error"]) < 1e-12 for row in found)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_device_times_kernels_and_peers_in_turn(tmp_path):
+    """By graph replays and by events; the device's own time is no longer than the caller's."""
+    problem = {"shape": "28x28", "heads": 4, "head_dim": 32, "kernel_size": 7, "batch": 32, "dtype": "bf16"}
+    medians = {}
+    for timer in ("graph", "events"):
+        settings = {"kernels": ["naive", "flex", "sdpa", "dense"], "timer": timer, "problems": [problem]}
+        out = tmp_path / timer
+        assert run_sweep(make_plan("device", settings, timer, {}), Options(out, "cuda", {})) == 0
+        found = results(out)
+        assert len(found) == 8 and {row["status"] for row in found} == {"ok"}, found
+        assert all(float(row["peak_mib"]) > 0 and float(row["error"]) < 3e-2 for row in found)
+        medians[timer] = {(row["arm"], row["direction"]): float(row["median_ms"]) for row in found}
+    assert all(medians["graph"][key] <= 1.1 * medians["events"][key] for key in medians["graph"])

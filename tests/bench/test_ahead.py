@@ -1,0 +1,46 @@
+"""Compiling ahead: every kernel once, nothing twice, a failure is left to the measurement."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from natrain.bench import ahead
+from natrain.bench.case import Case
+from natrain.jit import BuildError
+
+WORDS = {"shape": "28x28", "heads": 4, "head_dim": 32, "batch": 8, "dtype": "fp16"}
+
+
+@pytest.fixture
+def built(monkeypatch) -> list:
+    """Specs whose compilation was asked for, as on a machine with an H100."""
+    found = []
+
+    def build(spec):
+        found.append(spec)
+        if "softmax" in spec.name:
+            raise BuildError("no")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(ahead, "build", build)
+    monkeypatch.setattr(ahead, "find_built", lambda spec: spec in found or None)
+    return found
+
+
+def test_every_kernel_is_compiled_once(built):
+    pairs = [(Case.of({**WORDS, "kernel_size": k, "batch": b}), ["naive"]) for k in (5, 7) for b in (8, 16)]
+    compiler = ahead.Ahead()
+    before_s = compiler.seconds(pairs)
+    # qk, av, inverse and softmax, its derivative, dropout, of each window.
+    assert compiler.compile(pairs) == len(built) == len(set(built)) == 12
+    assert {spec.name for spec in built} == {
+        f"natrain_naive_{name}" for name in ("qk", "av", "inverse", "softmax", "softmax_grad", "dropout")
+    }
+    assert before_s > 0 == compiler.seconds(pairs) and compiler.compile(pairs) == 0
+
+
+def test_peers_and_what_a_kernel_cannot_do_need_nothing(built):
+    case = Case.of({**WORDS, "kernel_size": 7, "dtype": "fp64"})
+    assert ahead.Ahead().compile([(case, ["flex", "sdpa", "reference", "gemm"])]) == 0
