@@ -40,7 +40,7 @@ class Arm(Protocol):
 
     name: str
 
-    def reasons(self, case: Case, device: str) -> list[str]:
+    def reasons(self, case: Case, device: str, direction: str) -> list[str]:
         """Why it cannot solve ``case`` here; empty when it can."""
 
     def build_specs(self, case: Case, arch: str) -> list[BuildSpec]:
@@ -71,8 +71,9 @@ class _PackedWork:
 
     def __init__(self, case: Case, inputs: Inputs, kernel: str) -> None:
         window = case.window
-        self._qkv = inputs.qkv.detach().requires_grad_()
-        self._rpb = None if inputs.rpb is None else inputs.rpb.detach().requires_grad_()
+        needs_grad = get_kernel(kernel).limits.backward
+        self._qkv = inputs.qkv.detach().requires_grad_(needs_grad)
+        self._rpb = None if inputs.rpb is None else inputs.rpb.detach().requires_grad_(needs_grad)
         self._d_out = inputs.d_out
         self._attend = getattr(natrain, f"{case.op}_qkvpacked")
         self._arguments = (window.kernel_size, window.dilation, window.stride, window.is_causal)
@@ -101,13 +102,15 @@ class KernelArm:
         self.kernel = get_kernel(kernel)
         self.name = name or kernel
 
-    def reasons(self, case: Case, device: str) -> list[str]:
+    def reasons(self, case: Case, device: str, direction: str) -> list[str]:
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
-        return self.kernel.unsupported_reasons(case.problem(device, capability))
+        # Forward is timed as training runs it, unless the kernel has nothing else.
+        needs_grad = direction == "backward" or self.kernel.limits.backward
+        return self.kernel.unsupported_reasons(case.problem(device, capability, needs_grad))
 
     def build_specs(self, case: Case, arch: str) -> list[BuildSpec]:
         capability = tuple(divmod(int("".join(filter(str.isdigit, arch))), 10))
-        problem = case.problem("cuda", capability)
+        problem = case.problem("cuda", capability, self.kernel.limits.backward)
         if self.kernel.unsupported_reasons(problem):
             return []
         # Kernels of an older commit may not have the method; they are compiled when they are first called.

@@ -115,8 +115,8 @@ class Case:
             + [words["dtype"]]
         )
 
-    def problem(self, device: str, capability: tuple[int, int] | None) -> Problem:
-        """What the registry is asked about a training step of this case."""
+    def problem(self, device: str, capability: tuple[int, int] | None, needs_grad: bool = True) -> Problem:
+        """What the registry is asked about this case, in training or forward alone."""
         return Problem(
             self.batch,
             self.spatial,
@@ -127,7 +127,7 @@ class Case:
             device,
             capability,
             has_rpb=self.has_rpb,
-            needs_grad=True,
+            needs_grad=needs_grad,
         )
 
     def with_batch(self, batch: int) -> Case:

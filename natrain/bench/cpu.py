@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import natrain
 
 MM_SIZE = 1024
+CHANNELS_LAST = "@channels_last"
 
 
 @dataclass(frozen=True)
@@ -125,18 +126,23 @@ def layer_table(runs: int, with_reference: bool, is_warm: bool) -> None:
 
 
 def model_table(names: tuple[str, ...], batch: int, runs: int) -> None:
-    """Print images/s of each model, inference and training step (forward, backward, AdamW), interleaved."""
-    images, targets = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
+    """Print images/s of each model, inference and training step (forward, backward, AdamW), interleaved.
+
+    A name that ends in ``CHANNELS_LAST`` is the model before it, its weights and images in that layout.
+    """
+    contiguous, targets = torch.randn(batch, 3, 224, 224), torch.randint(1000, (batch,))
     inference, training = {}, {}
     for name in names:
-        model = timm.create_model(name)
+        layout = torch.channels_last if name.endswith(CHANNELS_LAST) else torch.contiguous_format
+        model = timm.create_model(name.removesuffix(CHANNELS_LAST)).to(memory_format=layout)
+        images = contiguous.to(memory_format=layout)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-        def infer(model=model):
+        def infer(model=model, images=images):
             with torch.inference_mode():
                 model.eval()(images)
 
-        def step(model=model, optimizer=optimizer):
+        def step(model=model, optimizer=optimizer, images=images):
             F.cross_entropy(model.train()(images), targets).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -147,7 +147,7 @@ class _TorchPeer:
     def __init__(self, name: str, work: type, most_tokens: int | None, devices: tuple[str, ...], note: str) -> None:
         self.name, self._work, self._most_tokens, self._devices, self._note = name, work, most_tokens, devices, note
 
-    def reasons(self, case: Case, device: str) -> list[str]:
+    def reasons(self, case: Case, device: str, direction: str) -> list[str]:
         reasons = []
         if device not in self._devices:
             reasons.append(f"device {device} ({self._note})")
@@ -243,7 +243,7 @@ class _NattenPeer:
     def __init__(self, name: str, backend: str | None = None, unfused: bool | None = None) -> None:
         self.name, self._backend, self._has_gemm = name, backend, unfused
 
-    def reasons(self, case: Case, device: str) -> list[str]:
+    def reasons(self, case: Case, device: str, direction: str) -> list[str]:
         version = natten_version()
         if version is None:
             return ["natten is not installed"]

@@ -67,13 +67,13 @@ def run_case(case: Case, wanted: Mapping[Arm, Sequence[str]], setup: Setup) -> I
     Raises:
         DeviceLost: after the outcome of the contender that did it.
     """
-    able: dict[Arm, Sequence[str]] = {}
+    able: dict[Arm, list[str]] = {}
     for arm, directions in wanted.items():
-        reasons = arm.reasons(case, setup.device)
-        if reasons:
-            yield from (Outcome(arm.name, which, "unsupported", "; ".join(reasons)) for which in directions)
-        else:
-            able[arm] = directions
+        for which in directions:
+            if reasons := arm.reasons(case, setup.device, which):
+                yield Outcome(arm.name, which, "unsupported", "; ".join(reasons))
+            else:
+                able.setdefault(arm, []).append(which)
     if not able:
         return
     try:

@@ -77,5 +77,5 @@ def _default_arms(case, device: str) -> list[str]:
     from natrain.bench.peers import PEERS
     from natrain.ops.registry import list_kernels
 
-    kernels = [name for name in list_kernels() if not KernelArm(name).reasons(case, device)]
-    return kernels + [name for name in ("flex", "sdpa") if not PEERS[name].reasons(case, device)]
+    kernels = [name for name in list_kernels() if not KernelArm(name).reasons(case, device, "forward")]
+    return kernels + [name for name in ("flex", "sdpa") if not PEERS[name].reasons(case, device, "forward")]

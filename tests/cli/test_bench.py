@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -57,6 +58,39 @@ def test_copy_moves_what_a_memory_can():
     assert 5e8 < copy_bytes_per_s("cpu") < 1e12
     found = product_flops_per_s("cpu", ["fp32"])
     assert set(found) == {"fp32"} and 1e9 < found["fp32"] < 1e14
+
+
+@pytest.mark.slow
+def test_a_kernel_of_another_package_by_its_name(tmp_path):
+    """One that has a forward alone gets a time for that; one that is wrong gets none."""
+    (tmp_path / "theirs.py").write_text(
+        "import torch\n"
+        "from natrain.ops.registry import FusedKernel, Limits, get_kernel\n"
+        "class Theirs(FusedKernel):\n"
+        "    name, summary, priority = 'theirs', 'forward only', 200\n"
+        "    limits = Limits(devices=frozenset({'cpu'}), backward=False)\n"
+        "    def forward(self, problem, *args):\n"
+        "        return get_kernel('cpu').forward(problem, *args)\n"
+        "    def backward(self, *args):\n"
+        "        raise AssertionError\n"
+        "class Mean(Theirs):\n"
+        "    name, summary = 'mean', 'averages all values'\n"
+        "    def forward(self, problem, q, k, v, *args):\n"
+        "        return v.mean((1, 2), keepdim=True).expand_as(v).contiguous(), torch.zeros(q.shape[:-1])\n"
+    )
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[natrain.kernels]\ntheirs = theirs:Theirs\nmean = theirs:Mean\n")
+    words = [*PROBLEM, "kernels=theirs,mean,cpu", "device=cpu", "runs=3", "cache=warm"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(
+        [sys.executable, "-m", "natrain", "bench", *words], env=environment, capture_output=True, text=True, check=True
+    )
+    timed = re.findall(r"^(\w+) +(forward|backward) ", done.stdout, re.M)
+    assert timed == [("theirs", "forward"), ("cpu", "forward"), ("cpu", "backward")]
+    assert "theirs unsupported: no gradients (backward)" in done.stdout
+    assert "mean failed: wrong forward: relative error" in done.stdout
 
 
 NATTEN = """
