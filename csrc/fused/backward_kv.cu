@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Scale scale(args.scale);
   Tile of_query = tile;  // the same of a head of q
   of_query.head = tile.head * g.heads_per_kv;
-  StartTable::fill(bytes + TABLE_AT, of_query, args.rpb, scale.per_scale);
+  StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
 
   Stream stream(args, tile, shared.address);
 #pragma unroll
@@ -46,8 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
   const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r
-  Element* d_k_row = lane_row(g, tile, args.d_k, args.d_k_at, tile.head);
-  Element* d_v_row = lane_row(g, tile, args.d_v, args.d_v_at, tile.head);
+  const Offset d_k_row = row_offset(tile, Step(g, args.d_k_at), lane / 2), d_v_row = row_offset(tile, Step(g, args.d_v_at), lane / 2);
   if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
 
   Rows<HEAD_DIM> k;
@@ -59,7 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     next_stage(stream);
     of_query.head = tile.head * g.heads_per_kv + place.member;
     if (HAS_RPB && g.heads_per_kv > 1 && place.is_first()) {
-      StartTable::fill(bytes + TABLE_AT, of_query, args.rpb, scale.per_scale);
+      StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
       __syncthreads();
 #if !NATRAIN_START_TABLE
       start = Start(of_query, args.rpb, scale.per_scale);
@@ -147,10 +146,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       if constexpr (HAS_D_K) put_rows<HEAD_DIM>(shared, rows_at, d_k, of_k);
       if constexpr (HAS_D_V) put_rows<VALUE_DIM>(shared, rows_at + ROWS_1_BYTES, d_v, of_v);
       __syncwarp();
-      if (HAS_D_K && has_row) store_row<HEAD_DIM>(bytes + rows_at, d_k_row);
-      if (HAS_D_V && has_row) store_row<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES, d_v_row);
-      d_k_row += g.splits * args.d_k_at.batch;
-      d_v_row += g.splits * args.d_v_at.batch;
+      if (HAS_D_K && has_row)
+        store_row<HEAD_DIM>(bytes + rows_at, args.d_k + (place.image * args.d_k_at.batch + tile.group_origin(args.d_k_at, tile.head)) + d_k_row);
+      if (HAS_D_V && has_row)
+        store_row<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES, args.d_v + (place.image * args.d_v_at.batch + tile.group_origin(args.d_v_at, tile.head)) + d_v_row);
     }
   }
   if (NATRAIN_BIAS_GRAD) sum_bias(args);

@@ -14,8 +14,8 @@ constexpr bool BIAS_HELD = RESIDENT && GROUPS <= 8;
 // One group's dS as a matrix [16 rows, 16 columns], and the tables of the warps.
 constexpr int MATRIX_PITCH = 17;
 constexpr int MATRIX_BYTES = 16 * MATRIX_PITCH * 4;
-constexpr int BIAS_BYTES = BIAS_GRAD ? WARPS * (MATRIX_BYTES + ENTRIES * 4) : 0;
-static_assert(AFTER_TABLE + BIAS_BYTES <= NATRAIN_SHARED_BYTES);
+constexpr int GRADIENT_BYTES = BIAS_GRAD ? WARPS * (MATRIX_BYTES + ENTRIES * 4) : 0;
+static_assert(AFTER_TABLE + GRADIENT_BYTES <= NATRAIN_SHARED_BYTES);
 
 // Adds the sums of dS along its diagonals to this warp's table. `z`, `y`, `x`: of the group's first column in the halo.
 __device__ __forceinline__ void add_diagonals(const float (&d_scores)[2][4], const Tile& tile, int z, int y, int x, int u,
@@ -72,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Geometry& g = args.geometry;
   const Tile tile(g);
   const Scale scale(args.scale);
-  StartTable::fill(bytes + TABLE_AT, tile, args.rpb, scale.per_scale);
+  StartTable::fill(bytes + TABLE_AT, tile, bias_of_head(args.rpb, tile), scale.per_scale);
   float* const matrix = reinterpret_cast<float*>(bytes + AFTER_TABLE) + threadIdx.x / 32 * (MATRIX_BYTES / 4);
   float* const tables = reinterpret_cast<float*>(bytes + AFTER_TABLE + WARPS * MATRIX_BYTES);
   float* const table = tables + threadIdx.x / 32 * ENTRIES;
@@ -82,6 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   Stream stream(args, tile, shared.address);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) stream.fetch();
+  fill_table(bytes, tile, args.rpb, scale);
 
   const int lane = threadIdx.x % 32;
   const LaneRows lane_rows(tile);

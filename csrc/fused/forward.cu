@@ -229,11 +229,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Tile tile(g);
   const Scale scale(args.scale);
   constexpr unsigned TABLE_AT = STAGES * (COLUMN_BYTES + WARPS * ROWS_BYTES);
-  StartTable::fill(bytes + TABLE_AT, tile, args.rpb, scale.per_scale);
-
   Stream stream(args, tile, shared.address);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) stream.fetch();
+  // The last stage is not fetched yet.
+  if (HAS_RPB && START_TABLE && BIAS_BYTES <= COLUMN_BYTES) {
+    float* const scratch = reinterpret_cast<float*>(bytes + (STAGES - 1) * COLUMN_BYTES);
+    stage_bias(scratch, tile, args.rpb, scale.per_scale);
+    StartTable::fill(bytes + TABLE_AT, tile, scratch, 1);
+  } else {
+    StartTable::fill(bytes + TABLE_AT, tile, bias_of_head(args.rpb, tile), scale.per_scale);
+  }
 
   const LaneRows rows(tile);
 #if NATRAIN_START_TABLE

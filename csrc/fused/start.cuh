@@ -87,6 +87,19 @@ __device__ __forceinline__ int bias_index(int axis, int row, int column) {
 }
 // How the bias moves as the column does.
 constexpr int BIAS_SIGN = ROWS_ARE_KEYS ? -1 : 1;
+constexpr int BIAS_BYTES = BIAS_LINES * BIAS_X * 4;
+
+__device__ __forceinline__ const float* bias_of_head(const float* rpb, const Tile& tile) {
+  return HAS_RPB ? rpb + (long long)tile.head * BIAS_LINES * BIAS_X : nullptr;
+}
+
+// The head's bias as start values have it, read once into `scratch` (BIAS_BYTES of shared memory), visible after the next
+// barrier: building a table from global memory would wait for it entry by entry.
+__device__ __forceinline__ void stage_bias(float* scratch, const Tile& tile, const float* rpb, float per_scale) {
+  const float* const of_head = bias_of_head(rpb, tile);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < BIAS_LINES * BIAS_X; i += THREADS) scratch[i] = __ldg(of_head + i) * per_scale;
+}
 
 #if NATRAIN_START_TABLE == 2
 
@@ -103,9 +116,10 @@ struct StartTable {
   static constexpr int SPREAD = row_tile(2) < 4 ? row_tile(2) * 32 : 0;
   static constexpr int RAW = box(2) / 8 * BLOCK_BYTES;
   static constexpr int LINE_BYTES = SPREAD == 0 ? RAW : RAW + (SPREAD + 128 - RAW % 128) % 128;
-  // Behind the lines: the class of every row along y and of every warp along x, and the first that has a class.
-  static constexpr int CLASS_OF_Y = 0, CLASS_OF_X = ROWS_Y, FIRST_OF_Y = CLASS_OF_X + warps(2),
-                       FIRST_OF_X = FIRST_OF_Y + CLASSES_Y, ENTRIES = FIRST_OF_X + CLASSES_X;
+  // Behind the lines: the class of every row along y and of every warp along x; of every class along y how many lines it
+  // has and which line of the bias is its first; of every class along x its first warp.
+  static constexpr int CLASS_OF_Y = 0, CLASS_OF_X = ROWS_Y, COUNT_OF = CLASS_OF_X + warps(2),
+                       BIAS_OF = COUNT_OF + CLASSES_Y, WARP_OF = BIAS_OF + CLASSES_Y, ENTRIES = WARP_OF + CLASSES_X;
   static constexpr int BYTES = LINES * LINE_BYTES + (ENTRIES * 4 + 15) / 16 * 16;
   static_assert(RESIDENT && box(0) == 1 && kernel_size(0) == 1 && ROWS_Y <= 32);
 
@@ -113,62 +127,69 @@ struct StartTable {
     return reinterpret_cast<int*>(table + LINES * LINE_BYTES);
   }
 
-  // By all threads of the block; visible after the next barrier. `rpb`: float32 [heads, 2kz-1, 2ky-1, 2kx-1].
-  static __device__ __forceinline__ void fill(unsigned char* table, const Tile& tile, const float* rpb, float per_scale) {
-    int* const of = classes(table);
-    const int n_y = tile.length[1], n_x = tile.length[2];
-    if (threadIdx.x < 32) {
-      // Lane i looks at row i along y and at warp i along x; a class ends where a row differs from the one before.
-      const int lane = threadIdx.x, row = min(tile.block_first[1] + lane, n_y - 1);
-      const int first = first_column(1, row, n_y), count = end_column(1, row, n_y) - first;
-      const int kind = HAS_RPB ? (row - first) << 16 ^ count : count;
-      bool begins = __shfl_up_sync(WARP, kind, 1) != kind || lane == 0;
-      unsigned begin = __ballot_sync(WARP, begins && lane < ROWS_Y);
-      if (lane < ROWS_Y) {
-        of[CLASS_OF_Y + lane] = __popc(begin << (31 - lane)) - 1;
-        if (begins) of[FIRST_OF_Y + __popc(begin << (31 - lane)) - 1] = lane;
-      }
-      begins = lane == 0;
-      const int warp_first = min(tile.block_first[2] + lane * row_tile(2), n_x - 1), from = first_column(2, warp_first, n_x);
-#pragma unroll 1
-      for (int x = 0; x < row_tile(2); ++x) {
-        const int at = min(tile.block_first[2] + lane * row_tile(2) + x, n_x - 1);
-        const int window = (first_column(2, at, n_x) - from) << 16 ^ (end_column(2, at, n_x) - from);
-        const int offset = HAS_RPB ? at - from : 0;
-        begins = (__shfl_up_sync(WARP, window, 1) != window) | (__shfl_up_sync(WARP, offset, 1) != offset) | begins;
-      }
-      begin = __ballot_sync(WARP, begins && lane < warps(2));
-      if (lane < warps(2)) {
-        of[CLASS_OF_X + lane] = __popc(begin << (31 - lane)) - 1;
-        if (begins) of[FIRST_OF_X + __popc(begin << (31 - lane)) - 1] = lane;
-      }
-      // Classes that this block lacks repeat the last one.
-      for (int i = of[CLASS_OF_Y + ROWS_Y - 1] + 1 + lane; i < CLASSES_Y; i += 32) of[FIRST_OF_Y + i] = ROWS_Y - 1;
-      __syncwarp();
-      for (int i = __popc(begin) + lane; i < CLASSES_X; i += 32) of[FIRST_OF_X + i] = warps(2) - 1;
+  // By one warp. Lane i looks at row i along y and at warp i along x; a class begins where one differs from the one before.
+  static __device__ __forceinline__ void find_classes(int* of, const Tile& tile) {
+    const int lane = threadIdx.x % 32, n_y = tile.length[1], n_x = tile.length[2];
+    // What this block lacks has no line.
+    for (int i = lane; i < CLASSES_Y; i += 32) of[COUNT_OF + i] = of[BIAS_OF + i] = 0;
+    for (int i = lane; i < CLASSES_X; i += 32) of[WARP_OF + i] = 0;
+    __syncwarp();
+    const int row = min(tile.block_first[1] + lane, n_y - 1);
+    const int first = first_column(1, row, n_y), count = end_column(1, row, n_y) - first;
+    const int kind = HAS_RPB ? (row - first) << 16 ^ count : count;
+    bool begins = __shfl_up_sync(WARP, kind, 1) != kind || lane == 0;
+    unsigned begin = __ballot_sync(WARP, begins && lane < ROWS_Y);
+    if (lane < ROWS_Y) {
+      const int number = __popc(begin << (31 - lane)) - 1;
+      of[CLASS_OF_Y + lane] = number;
+      if (begins) of[COUNT_OF + number] = count, of[BIAS_OF + number] = bias_index(1, row, first);
     }
+    begins = lane == 0;
+    const int warp_first = min(tile.block_first[2] + lane * row_tile(2), n_x - 1), from = first_column(2, warp_first, n_x);
+#pragma unroll 1
+    for (int x = 0; x < row_tile(2); ++x) {
+      const int at = min(tile.block_first[2] + lane * row_tile(2) + x, n_x - 1);
+      const int window = (first_column(2, at, n_x) - from) << 16 ^ (end_column(2, at, n_x) - from);
+      const int offset = HAS_RPB ? at - from : 0;
+      begins = (__shfl_up_sync(WARP, window, 1) != window) | (__shfl_up_sync(WARP, offset, 1) != offset) | begins;
+    }
+    begin = __ballot_sync(WARP, begins && lane < warps(2));
+    if (lane < warps(2)) {
+      const int number = __popc(begin << (31 - lane)) - 1;
+      of[CLASS_OF_X + lane] = number;
+      if (begins) of[WARP_OF + number] = lane;
+    }
+  }
+
+  // By all threads of the block; visible after the next barrier. `bias`: of this head, in global memory, or with a factor of
+  // 1 what stage_bias wrote.
+  static __device__ __forceinline__ void fill(unsigned char* table, const Tile& tile, const float* bias, float factor) {
+    int* const of = classes(table);
+    if (threadIdx.x < 32) find_classes(of, tile);
     __syncthreads();
     constexpr int FLOATS = LINE_BYTES / 4;
-    for (int entry = threadIdx.x; entry < LINES * FLOATS; entry += THREADS) {
-      const int line = entry / FLOATS - MARGIN, at = entry % FLOATS;
-      const int block = at / (BLOCK_BYTES / 4), row_x = at / 8 % (CLASSES_X * row_tile(2));
-      float value = MINUS_INFINITY;
-      if (line >= 0 && block < box(2) / 8) {
-        const int y = min(tile.block_first[1] + of[FIRST_OF_Y + line / SPACING], n_y - 1);
-        const int warp_first = tile.block_first[2] + of[FIRST_OF_X + row_x / row_tile(2)] * row_tile(2);
-        const int x = min(warp_first + row_x % row_tile(2), n_x - 1);
-        const int y_column = first_column(1, y, n_y) + line % SPACING;
-        const int x_column = first_column(2, min(warp_first, n_x - 1), n_x) + block * 8 + at % 8;
-        const bool valid = y_column < end_column(1, y, n_y) && x_column >= first_column(2, x, n_x) &&
-                           x_column < end_column(2, x, n_x);
-        if (valid)
-          value = HAS_RPB ? __ldg(rpb + ((long long)tile.head * BIAS_LINES + bias_index(1, y, y_column)) * BIAS_X +
-                                  bias_index(2, x, x_column)) * per_scale
-                          : 0.f;
+    // A thread keeps its entry and walks over lines.
+    constexpr int WIDTH = FLOATS < THREADS ? FLOATS : THREADS, AT_ONCE = THREADS / WIDTH;
+    if (threadIdx.x >= WIDTH * AT_ONCE) return;
+    const int n = tile.length[2];
+    for (int entry = threadIdx.x % WIDTH; entry < FLOATS; entry += WIDTH) {
+      const int block = entry / (BLOCK_BYTES / 4), row_x = entry / 8 % (CLASSES_X * row_tile(2));
+      const int warp_first = tile.block_first[2] + of[WARP_OF + row_x / row_tile(2)] * row_tile(2);
+      const int x = min(warp_first + row_x % row_tile(2), n - 1);
+      const int column = first_column(2, min(warp_first, n - 1), n) + block * 8 + entry % 8;
+      const bool valid =
+          block < box(2) / 8 && column >= first_column(2, x, n) && column < end_column(2, x, n);
+      const int bias_x = bias_index(2, x, column);
+#pragma unroll 4
+      for (int line = threadIdx.x / WIDTH; line < LINES; line += AT_ONCE) {
+        const int of_class = line - MARGIN, number = of_class >= 0 ? of_class / SPACING : 0;
+        const int j = of_class >= 0 ? of_class % SPACING : SPACING;
+        float value = MINUS_INFINITY;
+        if (valid && j < of[COUNT_OF + number])
+          value = HAS_RPB ? bias[(of[BIAS_OF + number] + BIAS_SIGN * j) * BIAS_X + bias_x] * factor : 0.f;
+        reinterpret_cast<float*>(table)[line * FLOATS + entry] = value;
       }
-      reinterpret_cast<float*>(table)[entry] = value;
     }
-    __syncthreads();
   }
 };
 
@@ -225,23 +246,26 @@ struct StartTable {
   static constexpr int LINE_BYTES = SPREAD == 0 ? RAW : RAW + (SPREAD + 128 - RAW % 128) % 128;
   static constexpr int BYTES = (LINES + 1) * LINE_BYTES;
 
-  // By all threads of the block; visible after the next barrier. `rpb`: float32 [heads, 2kz-1, 2ky-1, 2kx-1].
-  static __device__ __forceinline__ void fill(unsigned char* table, const Tile& tile, const float* rpb, float per_scale) {
+  // By all threads of the block; visible after the next barrier. `bias`: of this head, in global memory, or with a factor of
+  // 1 what stage_bias wrote.
+  static __device__ __forceinline__ void fill(unsigned char* table, const Tile& tile, const float* bias, float factor) {
+    __syncthreads();
     constexpr int FLOATS = LINE_BYTES / 4;
-    // A thread keeps its entry and walks over lines where a line has fewer entries than a block has threads.
-    constexpr int AT_ONCE = FLOATS < THREADS ? THREADS / FLOATS : 1;
+    // A thread keeps its entry and walks over lines.
+    constexpr int WIDTH = FLOATS < THREADS ? FLOATS : THREADS, AT_ONCE = THREADS / WIDTH;
+    if (threadIdx.x >= WIDTH * AT_ONCE) return;
     const int n = tile.length[2];
-    for (int entry = threadIdx.x % (FLOATS < THREADS ? FLOATS : THREADS); entry < FLOATS; entry += THREADS) {
+    for (int entry = threadIdx.x % WIDTH; entry < FLOATS; entry += WIDTH) {
       const int block = entry / (ROWS_X * 8), row_x = entry / 8 % ROWS_X;
       const int warp_first = min(tile.block_first[2] + row_x / row_tile(2) * row_tile(2), n - 1);
       const int row = min(tile.block_first[2] + row_x, n - 1);
       const int column = first_column(2, warp_first, n) + block * 8 + entry % 8;
       const bool valid = block < box(2) / 8 && column >= first_column(2, row, n) && column < end_column(2, row, n);
-      const float* bias = HAS_RPB ? rpb + (long long)tile.head * BIAS_LINES * BIAS_X + bias_index(2, row, column) : nullptr;
-      for (int line = FLOATS < THREADS ? threadIdx.x / FLOATS : 0; line < LINES + 1; line += AT_ONCE) {
-        if (FLOATS < THREADS && threadIdx.x >= AT_ONCE * FLOATS) break;
+      const int bias_x = bias_index(2, row, column);
+#pragma unroll 4
+      for (int line = threadIdx.x / WIDTH; line < LINES + 1; line += AT_ONCE) {
         float value = MINUS_INFINITY;
-        if (valid && line < LINES) value = HAS_RPB ? __ldg(bias + line * BIAS_X) * per_scale : 0.f;
+        if (valid && line < LINES) value = HAS_RPB ? bias[line * BIAS_X + bias_x] * factor : 0.f;
         reinterpret_cast<float*>(table)[line * FLOATS + entry] = value;
       }
     }
@@ -308,7 +332,7 @@ class Start {
   // The same for any row of the tile, and for all: equal in a warp.
   unsigned any_lines, all_lines;
   int any_first, any_end, all_first, all_end;
-  const float* bias_of_head;
+  const float* of_head;
   const float* bias[2];        // of the step's first column
   float per_scale;
   int tile_all_first[3], tile_all_end[3];
@@ -316,7 +340,7 @@ class Start {
 
  public:
   __device__ __forceinline__ Start(const Tile& tile, const float* rpb, float inverse_scale)
-      : bias_of_head(HAS_RPB ? rpb + (long long)tile.head * BIAS_LINES * BIAS_X : nullptr), per_scale(inverse_scale) {
+      : of_head(bias_of_head(rpb, tile)), per_scale(inverse_scale) {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       // First and last columns never decrease from row to row.
@@ -338,7 +362,7 @@ class Start {
       x_first[half] = rows.first[half][2] - x;
       x_count[half] = rows.end[half][2] - rows.first[half][2];
       if (HAS_RPB)
-        bias[half] = bias_of_head + (bias_index(0, rows.row[half][0], z) * BIAS_Y + bias_index(1, rows.row[half][1], y)) *
+        bias[half] = of_head + (bias_index(0, rows.row[half][0], z) * BIAS_Y + bias_index(1, rows.row[half][1], y)) *
                                         (long long)BIAS_X + bias_index(2, rows.row[half][2], x);
     }
   }
