@@ -462,8 +462,9 @@ def _finished(
         # H200, 9 layers, 9 % off in the mean): what a tile, a group and a chunk cost a warp, which four schedulers
         # share, and a fifth of the time the second-level cache needs, that little else hides.
         words = sum(demands.columns) * space.itemsize / 128
-        select = 8 if start_table == 1 else 0
-        work = warp_count * (137 + computed * (35 + select + 62 * words) + 372 * chunks) / 4
+        # Start values: compared, and their bias read from global memory; selected; read at a constant distance.
+        start = ((70 if space.has_rpb else 10), 8, 0)[start_table]
+        work = warp_count * (137 + computed * (35 + start + 62 * words) + 372 * chunks) / 4
         moved = (fetched + 16 * warp_count) * sum(demands.columns) * space.itemsize / 24
         cycles = min_blocks * (work + 0.21 * moved)
         if stages == 1:
