@@ -48,6 +48,17 @@ constexpr int ENTRIES = BIAS_LINES * BIAS_X;
 // Tokens from a step's first column to that of its group u.
 __device__ constexpr int group_tokens(int u) { return group_bytes<HEAD_DIM>(u) / RowFormat<HEAD_DIM>::PITCH; }
 
+// Start values of `tile`'s head, visible after the next barrier; while the last stage is not fetched yet.
+__device__ __forceinline__ void fill_table(unsigned char* shared, const Tile& tile, const float* rpb, const Scale& scale) {
+  if (HAS_RPB && START_TABLE && BIAS_BYTES <= STAGE_BYTES) {
+    float* const scratch = reinterpret_cast<float*>(shared + (STAGES - 1) * STAGE_BYTES);
+    stage_bias(scratch, tile, rpb, scale.per_scale);
+    StartTable::fill(shared + TABLE_AT, tile, scratch, 1);
+  } else {
+    StartTable::fill(shared + TABLE_AT, tile, bias_of_head(rpb, tile), scale.per_scale);
+  }
+}
+
 // Where a stage's tokens are: the head of q `member` of those that share a key, the chunk's first position in the halo.
 struct Place {
   int image, member;

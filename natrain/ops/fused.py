@@ -31,6 +31,7 @@ from natrain.ops.fused_plan import (
     candidates,
     choose_plan,
     shared_capacity,
+    table_bytes,
     window_constants,
 )
 from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type
@@ -132,7 +133,10 @@ def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Pa
 
 def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
     """backward_q.cu, then backward_kv.cu once, or for each gradient where both would not fit the registers."""
-    plan, partials = _plan_backward_q(problem, device)
+    entries = math.prod(problem.window.rpb_shape) if problem.has_rpb else 0
+    plan = _plan_backward(_space(problem), _q_demands(problem), device, entries)
+    # Tables of the bias gradient that blocks leave for a head.
+    partials = plan.grid // problem.heads
     geometry = plan.geometry(_space(problem)) + struct.pack("i", partials)
     bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb)}
     parts = [_part("backward_q", problem, constants, plan, geometry, **bias)]
@@ -140,7 +144,7 @@ def backward_parts(problem: Problem, constants: _Constants, device: Device) -> l
     space = replace(_space(problem), heads=problem.kv_heads)
     wide = problem.head_dim + problem.value_dim > 256
     for gradients in (1, 2) if wide else (3,):
-        plan = choose_plan(space, _kv_demands(problem, gradients), device)
+        plan = _plan_backward(space, _kv_demands(problem, gradients), device)
         geometry = struct.pack(
             "14i", *struct.unpack("10i", plan.geometry(space)[:40]), problem.heads // problem.kv_heads,
             problem.batch, plan.splits, partials,
@@ -189,31 +193,60 @@ def _kv_demands(problem: Problem, gradients: int) -> Demands:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_backward_q(problem: Problem, device: Device) -> tuple[Plan, int]:
-    """The plan, and how many tables of the bias gradient its blocks leave for a head.
+def _plan_backward(space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Plan:
+    """The plan of least cost.
 
-    Every warp has a table of the bias in shared memory, besides what other plans hold there.
+    Where the bias gradient is summed, every warp has a table of ``bias_entries`` besides what plans hold.
     """
-    space, demands = _space(problem), _q_demands(problem)
-    if not problem.has_rpb:
-        return choose_plan(space, demands, device), 0
-    entries = math.prod(problem.window.rpb_shape)
     per_multiprocessor, per_block = shared_capacity(device.capability)
     best = None
     for plan in candidates(space, demands, device):
-        shared = -(-plan.shared_bytes // 16) * 16 + math.prod(plan.warps) * (_MATRIX_BYTES + 4 * entries)
-        blocks = min(plan.min_blocks, per_multiprocessor // (shared + 1024))
+        warps = math.prod(plan.warps)
+        shared = -(-plan.shared_bytes // 16) * 16
+        shared += warps * (_MATRIX_BYTES + 4 * bias_entries) if bias_entries else 0
+        # Warps are dealt to four schedulers with 16,384 registers each.
+        registers = demands.registers + demands.per_group * plan.groups
+        most_warps = 4 * (512 // (-(-registers // 8) * 8))
+        blocks = min(plan.min_blocks, per_multiprocessor // (shared + 1024), max(1, most_warps // warps))
         if shared > per_block or not blocks:
             continue
-        cost = plan.cost * (1 + 0.3 * (plan.min_blocks / blocks - 1))
-        # Where dS does not stay in registers its diagonals are summed for every image.
-        cost *= 1 if plan.resident and plan.groups <= _GROUPS_HELD else 1.5
+        plan = replace(plan, shared_bytes=shared, min_blocks=blocks)
+        cost = _cost(plan, space, demands, device, bias_entries > 0)
         if best is None or cost < best[0]:
-            best = cost, replace(plan, shared_bytes=shared, min_blocks=blocks)
+            best = cost, plan
     if best is None:
-        raise ValueError(f"no plan of the bias gradient for {problem}")
-    plan = best[1]
-    return plan, plan.grid // problem.heads
+        raise ValueError(f"no plan of a gradient for {space}")
+    return best[1]
+
+
+def _cost(plan: Plan, space: Space, demands: Demands, device: Device, is_bias_summed: bool) -> float:
+    """Cycles, as far as they tell plans apart: instructions as compiled, factors as measured plans have them."""
+    warps = math.prod(plan.warps)
+    resident_warps = warps * plan.min_blocks
+    width = sum(demands.columns) * space.itemsize / 128  # 1 at head_dim 32 in 16 bits
+    per_group = 34 + (50 if demands.rows_are_keys else 36) * width
+    if is_bias_summed and not (plan.resident and plan.groups <= _GROUPS_HELD):
+        per_group += 150  # dS does not stay in registers: its diagonals are summed for every image
+    chunks = math.prod(plan.chunk) if plan.resident else 1.2 * math.prod(plan.box)
+    instructions = 200 + 100 * width + per_group * math.prod(plan.box) / 16 + 8 * 8 * width * chunks / (32 * warps)
+    # Of a scheduler's slots a few warps fill few, and many no more than these.
+    cycles = -(-resident_warps // 4) * instructions / min(0.45, 0.047 * resident_warps)
+    if plan.stages == 1:
+        cycles *= 1 + 0.5 / plan.min_blocks
+    if not plan.resident:
+        # A chunk is used only by the warps whose boxes it meets, and everyone waits for it.
+        halo = [b + (w - 1) * t for b, w, t in zip(plan.box, plan.warps, plan.row_tile, strict=True)]
+        axes = 3 if plan.chunked_x else 2
+        cycles *= 0.9 * (math.prod(halo[:axes]) / math.prod(plan.box[:axes])) ** 0.4
+        cycles *= 1.4 if plan.min_blocks == 1 else 1
+    table = 0
+    if plan.start_table:
+        table = table_bytes(space, plan.row_tile, plan.warps, plan.box[2])
+        if plan.classes:
+            table = plan.classes.bytes(plan.row_tile, plan.warps, plan.box)
+    waves = plan.grid / (device.multiprocessors * plan.min_blocks)
+    images = -(-space.batch // plan.splits)
+    return (math.ceil(waves) if waves < 4 else waves + 0.5) * ((images + 1) * cycles + 0.15 * table * plan.min_blocks)
 
 
 def _constants(problem: Problem, offset: str) -> _Constants:

@@ -1,0 +1,141 @@
+"""Without a GPU: the fused kernels compile for the oldest and the newest architecture that is measured, with every
+feature, and the common ones spill no register."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from natrain.jit import cuda, nvrtc
+from natrain.jit.build import build
+from natrain.ops import fused
+from natrain.ops.problem import Problem, Window
+from natrain.ops.registry import get_kernel
+from tests.emulator.fixture import emulated
+from tests.ops import judge
+from tests.ops.grid import Case
+from tests.ops.judge import Inputs
+
+NAT = Window((7, 7), (1, 1), (1, 1), (False, False))
+CAUSAL_3D = Window((5, 7, 7), (1, 1, 1), (1, 2, 1), (True, False, False))
+STAGES = {  # NAT-Tiny at 224 pixels, and DiNAT's first layer
+    "56": ((56, 56), 2, 1),
+    "28": ((28, 28), 4, 1),
+    "14": ((14, 14), 8, 1),
+    "7": ((7, 7), 16, 1),
+    "56 dilated": ((56, 56), 2, 8),
+}
+
+
+def problem_of(spatial, heads, dilation=1, dtype=torch.bfloat16, head_dim=32, window=NAT, **more) -> Problem:
+    window = replace(window, dilation=(dilation,) * len(spatial))
+    more = {"has_rpb": True, "needs_grad": True, **more}
+    return Problem(128, spatial, heads, head_dim, window, dtype, "cuda", (9, 0), **more)
+
+
+def specs(problem: Problem, arch: str):
+    return get_kernel("fused").build_specs(problem, arch)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
+
+
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def compiler(request, monkeypatch):
+    cuda.find_nvcc.cache_clear()
+    if request.param == "nvrtc":
+        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
+        if not nvrtc.is_available():
+            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
+    elif cuda.find_nvcc() is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    yield request.param
+    cuda.find_nvcc.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_a_training_step_compiles_ahead_without_a_gpu(arch, compiler):
+    built = [build(spec) for spec in specs(problem_of((14, 14), 8), arch)]
+    for entry, cubin in zip(("forward", "backward_q", "backward_kv"), built, strict=True):
+        assert f"natrain_fused_{entry}".encode() in cubin.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        problem_of((14, 14), 4, dtype=torch.float16, kv_heads=2, value_dim=64, has_key_mask=True, has_dropout=True),
+        problem_of((14, 14), 4, dtype=torch.float32, head_dim=40, has_dropout=True),
+        problem_of((300,), 2, window=Window((255,), (1,), (3,), (True,))),
+        problem_of((12, 16, 16), 2, dtype=torch.float32, window=CAUSAL_3D),
+        problem_of((28, 28), 1, head_dim=256),
+        problem_of((28, 28), 1, dtype=torch.float32, head_dim=256, has_rpb=False),
+        problem_of((1024, 1024), 64, head_dim=128),  # offsets beyond 2^31 elements
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_feature_compiles(problem):
+    cuda.build_all(specs(problem, "sm_80"))
+
+
+def resources(spec, folder) -> str:
+    nvcc = cuda.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    options = [*(f"-I{path}" for path in spec.include_dirs), *(f"-D{k}={v}" for k, v in spec.defines), *spec.flags]
+    command = [nvcc, "-cubin", "-arch=sm_90a", "-Xptxas", "-v", "-o", folder / "k.cubin", *options, *spec.sources]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_common_kernels_spill_no_register(stage, tmp_path):
+    for spec in specs(problem_of(*STAGES[stage]), "sm_90a"):
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in resources(spec, tmp_path), spec.name
+
+
+def test_a_wide_gradient_is_two_launches():
+    entries = [spec.name for spec in specs(problem_of((28, 28), 1, head_dim=256), "sm_90a")]
+    assert entries.count("natrain_fused_backward_kv") == 2
+
+
+def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
+    """The launches of a forward and a backward, recorded instead of run."""
+    launched = set()
+
+    class Recorder:
+        def launch(self, grid, threads, arguments, device, shared_bytes):
+            assert grid > 0 and threads % 32 == 0 and shared_bytes > 0
+
+    def load(source, name, defines, device):
+        launched.add(cuda.kernel_spec(source, name, defines, "sm_90a").key())
+        return Recorder()
+
+    fused._load.cache_clear()
+    monkeypatch.setattr(fused, "_launches", {})
+    case = Case(2, (14, 14), 4, 32, (7, 7), (1, 1), (1, 1), (False, False), True)
+    inputs = Inputs.draw(case, torch.float16, "cpu")
+    with emulated(get_kernel("fused")):
+        monkeypatch.setattr(cuda, "load", load)
+        judge.outputs(case, inputs, "fused")
+    fused._load.cache_clear()
+    problem = replace(problem_of((14, 14), 4, dtype=torch.float16), batch=2)
+    assert launched == {spec.key() for spec in specs(problem, "sm_90a")}
+
+
+def test_reasons_against_a_problem():
+    kernel = get_kernel("fused")
+    problem = problem_of((14, 14), 2)
+    assert "float64" in "; ".join(kernel.unsupported_reasons(replace(problem, dtype=torch.float64)))
+    assert kernel.unsupported_reasons(replace(problem, head_dim=30, value_dim=30)) == [
+        "head_dim 30 (a multiple of 8)",
+    ]
+    assert "capability (7, 5) (needs (8, 0) or newer)" in kernel.unsupported_reasons(
+        replace(problem, capability=(7, 5))
+    )
+    large = problem_of((64, 64, 64), 8, window=Window((15, 15, 15), (1, 1, 1), (1, 1, 1), (False, False, False)))
+    assert any("bias gradient" in reason for reason in kernel.unsupported_reasons(large))
+    assert not kernel.unsupported_reasons(replace(large, has_rpb=False))
