@@ -18,10 +18,11 @@ __device__ constexpr int row_pitch(bool is_read_by_floats) {
   return is_read_by_floats ? (DEPTHS | 1) * 32 : ((2 * DEPTHS) | 1) * 16;
 }
 
-// d += a * b over one depth.
+// d += a * b over one depth. A template, so that float32 asks for no 16-bit product.
+template <class T = Element>
 __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-  if constexpr (!IS_FLOAT) {
-    mma_m16n8k16<Element>(d, a, b);
+  if constexpr (sizeof(T) == 2) {
+    mma_m16n8k16<T>(d, a, b);
   } else {
     unsigned a_high[4], b_high[2];
 #pragma unroll

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from natrain.jit import BuildSpec, cuda
 from natrain.jit.driver import CudaKernel
+from natrain.ops.fused_plan import shared_capacity
 from natrain.ops.gemm_plan import GemmTiling, choose_gemm_tiling
 from natrain.ops.geometry import (
     ACCESS_BYTES,
@@ -84,13 +85,14 @@ def _plan(
     whole = ACCESS_BYTES // row.element_size()
     if access_width(whole, *tensors) < whole or head_dim % whole:
         return None
-    tiling = choose_gemm_tiling(primitive, tuple(axes), window, head_dim, row.dtype, has_rpb)
+    device = row.get_device()
+    capability = torch.cuda.get_device_capability(device) if row.is_cuda else None
+    shared = shared_capacity(capability)[1]
+    tiling = choose_gemm_tiling(primitive, tuple(axes), window, head_dim, row.dtype, has_rpb, shared)
     if tiling is None:
         return None
     layouts = [Layout.of(x) for x in tensors]
-    kernel = _kernel(
-        primitive, row.get_device(), row.dtype, window, head_dim, tiling, terms, offset_type(*layouts), has_rpb
-    )
+    kernel = _kernel(primitive, device, row.dtype, window, head_dim, tiling, terms, offset_type(*layouts), has_rpb)
     dilation = three_axes(window.dilation, 1)
     head = struct.pack("11i4x", *three_axes(axes, 1), *dilation, *tiling.tiles, heads, batch)
     middle = struct.Struct("2d4Q" if primitive == "qk" else "d3Q")
@@ -170,9 +172,10 @@ class GemmKernel(NaiveKernel):
         offset = "int" if span < 2**31 else "long long"
         wanted = {("qk", problem.head_dim, problem.has_rpb), ("qk", problem.value_dim, False)}
         wanted |= {(name, dim, False) for name in ("av", "inverse") for dim in (problem.head_dim, problem.value_dim)}
+        _, shared = shared_capacity(divmod(int("".join(filter(str.isdigit, arch))), 10))
         specs, delegated = [], set()
         for primitive, head_dim, has_rpb in sorted(wanted):
-            tiling = choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype, has_rpb)
+            tiling = choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype, has_rpb, shared)
             if tiling is None:
                 delegated.add(f"natrain_naive_{primitive}")
                 continue

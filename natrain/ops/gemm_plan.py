@@ -17,7 +17,7 @@ from natrain.ops.problem import Window
 from natrain.ops.window import window_bounds
 
 ROWS = COLUMNS = 16  # of one product
-MAX_SHARED_BYTES = 227 * 1024  # of a block, sm_90; sm_80 has 163 KiB
+SHARED_BYTES = 227 * 1024  # the most of a block, sm_90
 _ROW_TILES = (1, 2, 4, 8, 16)
 _WARPS = (1, 2, 4, 8)
 _MOST_BIAS_BYTES = 8 * 1024
@@ -126,7 +126,9 @@ class _Primitive:
             fetched += (columns if self.name == "inverse" else rows) * self.pitch * self.itemsize + slack
         return max(fetched, rows * self.shared_row(False))
 
-    def cost(self, box: int, halo: int, chunk: int, warps: int, is_staged: bool, shared: int) -> float:
+    def cost(
+        self, box: int, halo: int, chunk: int, warps: int, is_staged: bool, shared: int, most_shared: int
+    ) -> float:
         """Of one block: products, pieces fetched and stored, and what a multiprocessor with few warps waits for."""
         products = warps * box / COLUMNS
         pairs = 60 if self.name == "qk" else 45 if is_staged else 110
@@ -136,7 +138,7 @@ class _Primitive:
         elif self.name != "qk" and not is_staged:
             weights = 0
         pieces = weights + (halo + warps * ROWS) * self.row_bytes / ACCESS_BYTES
-        resident = min(48, max(1, MAX_SHARED_BYTES // (shared + 1024)) * warps)
+        resident = min(48, max(1, most_shared // (shared + 1024)) * warps)
         work = (
             products * (pairs + self.row_bytes / 8) + 0.5 * pieces + 150 * warps + 100 * warps * (-(-halo // chunk) - 1)
         )
@@ -159,7 +161,7 @@ def choose_gemm_tiling(
     head_dim: int,
     dtype: torch.dtype,
     has_rpb: bool = False,
-    max_shared_bytes: int = MAX_SHARED_BYTES,
+    max_shared_bytes: int = SHARED_BYTES,
 ) -> GemmTiling | None:
     """The cheapest tiling of qk, av or inverse, or None where none fits shared memory."""
     lengths, dilation, sizes = three_axes(spatial, 1), three_axes(window.dilation, 1), three_axes(window.kernel_size, 1)
@@ -196,7 +198,7 @@ def choose_gemm_tiling(
                 shared = need.shared_bytes(halo, chunk, held, ROWS * count, is_staged)
                 if shared > max_shared_bytes:
                     continue
-                cost = need.cost(box, size, chunk, count, is_staged, shared) * blocks
+                cost = need.cost(box, size, chunk, count, is_staged, shared, max_shared_bytes) * blocks
                 if best is None or cost < best.cost:
                     best = GemmTiling(row, warps, halo, chunk, held, is_staged, tiles, bias_bytes, shared, cost)
     return best

@@ -48,8 +48,9 @@ def test_a_halo_larger_than_shared_memory_goes_in_chunks(case, on_the_cpu, monke
     chunked = []
 
     def choose(*problem):
-        limits = (limit for limit in range(1024, 64 * 1024, 512) if choose_gemm_tiling(*problem, limit))
-        tiling = choose_gemm_tiling(*problem, next(limits))
+        *problem, _ = problem
+        tilings = (choose_gemm_tiling(*problem, limit) for limit in range(1024, 64 * 1024, 512))
+        tiling = next(filter(None, tilings))
         chunked.append(tiling.chunk < tiling.halo[0] * tiling.halo[1] * tiling.halo[2])
         return tiling
 
@@ -98,8 +99,8 @@ def test_misaligned_rows_go_to_naive(on_the_cpu):
 def test_every_problem_of_the_frozen_sweep_has_a_tiling():
     from natrain.bench.strata import frozen_cases
 
-    limited = functools.partial(choose_gemm_tiling, max_shared_bytes=163 * 1024)  # sm_80
+    limited = functools.partial(choose_gemm_tiling, max_shared_bytes=99 * 1024)  # sm_86
     for case in frozen_cases():
         for primitive in ("qk", "av", "inverse"):
             tiling = limited(primitive, case.spatial, case.window, case.head_dim, case.dtype)
-            assert tiling is not None and tiling.shared_bytes <= 163 * 1024, (primitive, case)
+            assert tiling is not None and tiling.shared_bytes <= 99 * 1024, (primitive, case)

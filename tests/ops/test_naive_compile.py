@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,19 @@ def _spec(primitive: str, arch: str):
 def test_every_template_compiles(primitive, arch, compiler):
     cubin = build(_spec(primitive, arch))
     assert f"natrain_naive_{primitive}".encode() in cubin.read_bytes()
+
+
+@pytest.mark.slow
+def test_every_template_compiles_for_every_supported_architecture(compiler):
+    """Turing to Blackwell; gemm begins at sm_80, since it needs asynchronous copies and products of bfloat16 and TF32."""
+    primitives = (*PROBLEM_PRIMITIVES, *ROW_PRIMITIVES)
+    archs = [cuda.arch_of(c) for c in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))]
+    specs = [_spec(primitive, arch) for arch in archs for primitive in primitives]
+    problem = Problem(2, (14, 14), 4, 32, NAT, torch.bfloat16, "cuda", (8, 0), has_rpb=True, needs_grad=True)
+    specs += [spec for arch in archs[1:] for spec in registry.get_kernel("gemm").build_specs(problem, arch)]
+    assert len(cuda.build_all({spec.key(): spec for spec in specs}.values())) >= len(archs) * len(primitives)
+    with pytest.raises(ValueError, match="capability"):
+        registry.choose(replace(problem, capability=(7, 5)), "gemm")
 
 
 @pytest.mark.parametrize("primitive", [*PROBLEM_PRIMITIVES, *ROW_PRIMITIVES])

@@ -1,0 +1,99 @@
+"""Without a GPU: the gemm kernels compile for the oldest and the newest architecture that is measured."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+
+import pytest
+import torch
+
+from natrain.jit import cuda, nvrtc
+from natrain.ops import gemm, naive
+from natrain.ops.problem import Problem, Window
+from natrain.ops.registry import get_kernel
+from tests.emulator.fixture import emulated
+from tests.ops import judge
+from tests.ops.grid import Case
+from tests.ops.judge import Inputs
+
+NAT = Window((7, 7), (1, 1), (1, 1), (False, False))
+CAUSAL_3D = Window((2, 3, 5), (1, 2, 1), (2, 1, 3), (True, False, False))
+TINY = Problem(128, (56, 56), 2, 32, NAT, torch.float16, "cuda", (9, 0), has_rpb=True, needs_grad=True)
+PROBLEMS = {
+    "NAT-Tiny, float16": TINY,
+    "NAT-Tiny, float32": replace(TINY, dtype=torch.float32),
+    "3-D, causal, bfloat16": Problem(1, (9, 12, 14), 2, 40, CAUSAL_3D, torch.bfloat16, "cuda", (9, 0), has_rpb=True),
+    "chunks, 64-bit offsets": Problem(
+        1, (1500, 1500), 16, 64, Window((63, 63), (1, 1), (1, 1), (False, False)), torch.float16, "cuda", (9, 0)
+    ),
+}
+
+
+def specs(problem: Problem, arch: str):
+    """Of the three products; the rest is naive's."""
+    return [spec for spec in get_kernel("gemm").build_specs(problem, arch) if spec.name.startswith("natrain_gemm")]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
+
+
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def compiler(request, monkeypatch):
+    cuda.find_nvcc.cache_clear()
+    if request.param == "nvrtc":
+        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
+        if not nvrtc.is_available():
+            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
+    elif cuda.find_nvcc() is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    yield request.param
+    cuda.find_nvcc.cache_clear()
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
+def test_every_primitive_compiles(problem, arch, compiler):
+    built = specs(problem, arch)
+    names = {spec.name for spec in built}
+    assert names == {f"natrain_gemm_{primitive}" for primitive in ("qk", "av", "inverse")}
+    for spec, cubin in zip(built, cuda.build_all(built), strict=True):
+        assert spec.name.encode() in cubin.read_bytes()
+
+
+@pytest.mark.parametrize("problem", list(PROBLEMS.values())[:2], ids=list(PROBLEMS)[:2])
+def test_the_common_kernels_spill_no_register(problem, tmp_path):
+    nvcc = cuda.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    for spec in specs(problem, "sm_90a"):
+        options = [*(f"-I{folder}" for folder in spec.include_dirs), *(f"-D{k}={v}" for k, v in spec.defines)]
+        command = [nvcc, "-cubin", "-arch=sm_90a", "-Xptxas", "-v", "-o", tmp_path / "k.cubin", *options, *spec.flags]
+        report = subprocess.run([*command, *spec.sources], capture_output=True, text=True, check=True).stderr
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report, spec.name
+
+
+def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
+    """The kernels that a forward and a backward load on the emulator, by their macros."""
+    loaded = set()
+    case = Case(2, (9, 14), 2, 32, (7, 7), (1, 1), (1, 1), (False, False), True)
+    with emulated(get_kernel("gemm")):
+        emulated_load = cuda.load
+
+        def load(source, name, defines, device):
+            loaded.add(cuda.kernel_spec(source, name, defines, "sm_90a").key())
+            return emulated_load(source, name, defines, device)
+
+        monkeypatch.setattr(cuda, "load", load)
+        for cached in (gemm._kernel, naive._problem_kernel, naive._row_kernel):
+            cached.cache_clear()
+        plans = {}
+        for module in (gemm, naive):
+            monkeypatch.setattr(module, "plans", plans)
+        judge.outputs(case, Inputs.draw(case, torch.float16, device="cpu"), "gemm")
+    window = Window(case.kernel_size, case.dilation, case.stride, case.is_causal)
+    problem = Problem(2, case.spatial, 2, 32, window, torch.float16, "cuda", (9, 0), has_rpb=True, needs_grad=True)
+    ahead = {spec.key() for spec in get_kernel("gemm").build_specs(problem, "sm_90a") if "dropout" not in spec.name}
+    assert loaded == ahead
