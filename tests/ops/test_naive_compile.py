@@ -59,7 +59,7 @@ def test_every_template_compiles(primitive, arch, compiler):
 
 @pytest.mark.slow
 def test_every_template_compiles_for_every_supported_architecture(compiler):
-    """Turing to Blackwell; gemm begins at sm_80, since it needs asynchronous copies and products of bfloat16 and TF32."""
+    """Turing to Blackwell; gemm begins at sm_80: it needs asynchronous copies, and products of bfloat16 and TF32."""
     primitives = (*PROBLEM_PRIMITIVES, *ROW_PRIMITIVES)
     archs = [cuda.arch_of(c) for c in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0))]
     specs = [_spec(primitive, arch) for arch in archs for primitive in primitives]
