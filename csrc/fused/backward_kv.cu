@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #if NATRAIN_START_TABLE
   Start start(of_query, TABLE_AT);
 #else
-  Start start(of_query, args.rpb, scale.per_scale);
+  Start start(of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
   const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
       __syncthreads();
 #if !NATRAIN_START_TABLE
-      start = Start(of_query, args.rpb, scale.per_scale);
+      start = Start(of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
       if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
 #endif
     }

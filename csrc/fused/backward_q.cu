@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #if NATRAIN_START_TABLE
   Start start(tile, TABLE_AT);
 #else
-  Start start(tile, args.rpb, scale.per_scale);
+  Start start(tile, bias_of_head(args.rpb, tile), scale.per_scale);
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
   const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r

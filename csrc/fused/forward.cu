@@ -245,7 +245,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #if NATRAIN_START_TABLE
   Start start(tile, TABLE_AT);
 #else
-  Start start(tile, args.rpb, scale.per_scale);
+  float* const staged = reinterpret_cast<float*>(bytes + TABLE_AT);
+  if (StartTable::BYTES > 0) stage_bias(staged, tile, args.rpb, scale.per_scale);
+  Start start(tile, StartTable::BYTES > 0 ? staged : bias_of_head(args.rpb, tile),
+              StartTable::BYTES > 0 ? 1 : scale.per_scale);
 #endif
   Exclusions exclusions(g, tile, rows, args.key_mask, args.seed, args.drop_threshold);
   const int lane = threadIdx.x % 32;

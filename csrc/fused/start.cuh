@@ -10,7 +10,7 @@
 // NATRAIN_START_TABLE 1: the table has a line for every difference of positions along z and y, an entry for every row's x
 // in the block and every column, and one more line of -inf, to which a lane points where a line is not its row's.
 // NATRAIN_START_TABLE 0, for windows whose table is too large: comparisons in groups of columns that lie on a window's
-// edge, none inside, and the bias from global memory.
+// edge, none inside, and the bias as it is, from shared memory if it is small (NATRAIN_MOST_STAGED_BIAS bytes).
 #pragma once
 
 #include "products.cuh"
@@ -19,7 +19,7 @@
 
 namespace natrain {
 
-constexpr float MINUS_INFINITY = -__builtin_huge_valf();
+constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xff800000u);
 constexpr bool HAS_RPB = NATRAIN_HAS_RPB;
 constexpr bool START_TABLE = NATRAIN_START_TABLE;
 
@@ -321,8 +321,9 @@ class Start {
 
 #else
 
+// The whole bias of a head where that is little.
 struct StartTable {
-  static constexpr int BYTES = 0;
+  static constexpr int BYTES = HAS_RPB && BIAS_BYTES <= NATRAIN_MOST_STAGED_BIAS ? (BIAS_BYTES + 15) / 16 * 16 : 0;
   static __device__ __forceinline__ void fill(unsigned char*, const Tile&, const float*, float) {}
 };
 
@@ -334,13 +335,14 @@ class Start {
   int any_first, any_end, all_first, all_end;
   const float* of_head;
   const float* bias[2];        // of the step's first column
-  float per_scale;
+  float factor;
   int tile_all_first[3], tile_all_end[3];
   int tile_any_first[3], tile_any_end[3];
 
  public:
-  __device__ __forceinline__ Start(const Tile& tile, const float* rpb, float inverse_scale)
-      : of_head(bias_of_head(rpb, tile)), per_scale(inverse_scale) {
+  // `bias_data`: of this head, in global memory, or with a factor of 1 what stage_bias wrote.
+  __device__ __forceinline__ Start(const Tile& tile, const float* bias_data, float bias_factor)
+      : of_head(bias_data), factor(bias_factor) {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       // First and last columns never decrease from row to row.
@@ -386,7 +388,7 @@ class Start {
       const bool valid = (lines[half] >> line & 1) && unsigned(column - x_first[half]) < unsigned(x_count[half]);
       float value = valid ? 0.f : MINUS_INFINITY;
       if (HAS_RPB && valid)
-        value = __ldg(bias[half] + BIAS_SIGN * ((line / step(1) * BIAS_Y + line % step(1)) * BIAS_X + column)) * per_scale;
+        value = bias[half][BIAS_SIGN * ((line / step(1) * BIAS_Y + line % step(1)) * BIAS_X + column)] * factor;
       start[i / 4][i % 4] = value;
     }
   }

@@ -35,6 +35,7 @@ _RESERVED_BYTES = 1024  # of every block, by the driver
 _REGISTERS = 65536
 _TABLE_BYTES = 40 * 1024
 _CHUNK_BYTES = 36 * 1024
+_STAGED_BIAS_BYTES = 16 * 1024
 _MOST_WARPS = 16
 _SETUP_CYCLES = 6000  # of a block before its first image
 
@@ -261,6 +262,7 @@ class Plan:
             "NATRAIN_MIN_BLOCKS": self.min_blocks,
             "NATRAIN_SHARED_BYTES": self.shared_bytes,
             "NATRAIN_ROWS_ARE_KEYS": int(self.rows_are_keys),
+            "NATRAIN_MOST_STAGED_BIAS": _STAGED_BIAS_BYTES,
         }
         if self.classes is not None:
             defines |= {
@@ -425,6 +427,9 @@ def _finished(
     table = 0
     if start_table:
         table = classes.bytes(row_tile, warps, box) if classes else table_bytes(space, row_tile, warps, box[2])
+    elif space.has_rpb:
+        bias = 4 * math.prod(2 * axis.kernel_size - 1 for axis in space.axes)
+        table = _ceil(bias, 16) if bias <= _STAGED_BIAS_BYTES else 0
     groups = math.prod(step) // 16
     # Pointers into the table, one a line and half, that the compiler keeps from image to image.
     pointers = 2 * math.prod(step[:2]) if start_table == 1 and resident else 0
