@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from natrain.bench import ahead
+from natrain.bench import ahead, rows, sweep
 from natrain.bench.case import Case
+from natrain.bench.plan import make_plan
+from natrain.bench.run_case import Outcome
 from natrain.jit import BuildError
 
 WORDS = {"shape": "28x28", "heads": 4, "head_dim": 32, "batch": 8, "dtype": "fp16"}
@@ -44,3 +46,31 @@ def test_every_kernel_is_compiled_once(built):
 def test_peers_and_what_a_kernel_cannot_do_need_nothing(built):
     case = Case.of({**WORDS, "kernel_size": 7, "dtype": "fp64"})
     assert ahead.Ahead().compile([(case, ["flex", "sdpa", "reference", "gemm"])]) == 0
+
+
+@pytest.fixture
+def device(built, monkeypatch):
+    """A sweep "on cuda" whose measurements take no time and whose compilations take 10 s of processor time each."""
+    monkeypatch.setattr(ahead.Ahead, "seconds", lambda self, pairs: 10.0 * len(self.missing(pairs)))
+    monkeypatch.setattr(sweep, "environment", lambda _: {"device": "mock"})
+    monkeypatch.setattr(sweep, "copy_bytes_per_s", lambda _: 1e12)
+    monkeypatch.setattr(sweep, "product_flops_per_s", lambda *_: {})
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+
+    def run_case(case, wanted, setup):
+        for arm, directions in wanted.items():
+            yield from (Outcome(arm.name, which, "unsupported", "not here") for which in directions)
+
+    monkeypatch.setattr(sweep, "run_case", run_case)
+    return built
+
+
+def test_a_group_shrinks_until_its_compilation_fits_the_time(device, tmp_path):
+    settings = {"kernels": ["naive"], "problems": [WORDS], "axes": {"kernel_size": [3, 5, 7, 9]}}
+    plan = make_plan("mine", settings, "", {})
+    # Six kernels a window: 130 s hold two windows, not four.
+    assert sweep.run_sweep(plan, sweep.Options(tmp_path, "cuda", {}, time_limit_s=130)) == 0
+    assert len(list(rows.read(tmp_path / "results.csv"))) == 8 and len(device) == 24
+    device.clear()
+    assert sweep.run_sweep(plan, sweep.Options(tmp_path / "short", "cuda", {}, time_limit_s=50)) == 3
+    assert not device and not list(rows.read(tmp_path / "short" / "results.csv"))
