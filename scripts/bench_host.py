@@ -135,10 +135,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"torch {torch.__version__} on {args.device}, us a call, median of rounds of {BATCH} calls")
-    print(f"{'':<24}{'inference':>11}{'forward':>11}{'backward':>11}")
+    print(f"{'':<28}{'inference':>11}{'forward':>11}{'backward':>11}")
     d_out = torch.randn(1, 8, 8, 2, 32, device=args.device)
     for name, contender in contenders(args.device, args.kernels).items():
-        print("{:<24}{:11.1f}{:11.1f}{:11.1f}".format(name, *times_us(contender, args.calls, d_out)), flush=True)
+        print("{:<28}{:11.1f}{:11.1f}{:11.1f}".format(name, *times_us(contender, args.calls, d_out)), flush=True)
 
 
 if __name__ == "__main__":
