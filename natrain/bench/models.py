@@ -20,10 +20,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ COLUMNS = (
 )  # fmt: skip
 MODES = ("inference", "training")
 _DRIFT_STEPS, _DRIFT_BATCH = 10, 8
+# Guesses: seconds of one run, with building, drift and the layers alone; how much longer torch.compile makes it.
+_RUN_S, _COMPILED = {"cuda": 10, "cpu": 60}, 5
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,13 @@ def run_models(plan: ModelPlan, out: Path, device: str) -> int:
             todo.append((setting, wanted))
     runs = sum(len(modes) for _, wanted in todo for modes in wanted.values())
     total = len(plan.settings) * len(plan.kernels) * len(MODES)
-    print(f"models ({plan.digest}): {total} runs in all, {runs} to measure on {device}", flush=True)
+    estimate_s = sum(
+        _RUN_S[device] * len(modes) * (_COMPILED if setting["compile"] else 1)
+        for setting, wanted in todo
+        for modes in wanted.values()
+    )
+    title = f"models ({plan.digest}): {total} runs in all"
+    print(f"{title}, {runs} to measure on {device}, about {estimate_s:.0f} s", flush=True)
     if not todo:
         return 0
     out.mkdir(parents=True, exist_ok=True)
@@ -183,11 +192,11 @@ class _Contender:
 
 def _run_setting(
     setting: Mapping[str, Any], wanted: Mapping[str, Sequence[str]], runs: int, device: str
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
+    """What the rows of one setting say, each as soon as it is known."""
     images, labels = _data(setting, setting["batch"], device)
     small = images[:_DRIFT_BATCH], labels[:_DRIFT_BATCH]
     contenders: dict[str, _Contender] = {}
-    found = []
     truth: dict[str, torch.Tensor] = {}
     for kernel, modes in wanted.items():
         try:
@@ -197,20 +206,36 @@ def _run_setting(
             contenders[kernel] = contender
         except Exception as error:  # any failure of a contender is a result
             reason = f"{type(error).__name__}: {error}"
-            found += [{"kernel": kernel, "mode": mode, "status": "failed", "reason": reason} for mode in modes]
+            yield from ({"kernel": kernel, "mode": mode, "status": "failed", "reason": reason} for mode in modes)
     for mode in MODES:
         now = {kernel: contender for kernel, contender in contenders.items() if mode in wanted[kernel]}
         peaks = {kernel: _peak_mib(contender.step(mode), device) for kernel, contender in now.items()}
         steps = {kernel: _in_mode(contender, mode) for kernel, contender in now.items()}
-        timings = measure(steps, runs=runs, warm_ups=1, warm_cache=True, device=device) if steps else {}
+        timings, failed = _time(steps, runs, device)
+        for kernel, error in failed.items():
+            reason = f"{type(error).__name__}: {error}"
+            yield {"kernel": kernel, "mode": mode, "status": "failed", "reason": reason}
         for kernel, timing in timings.items():
             if mode not in truth:
                 truth[mode] = _signature(setting, "reference", mode, small, device)
-            found.append(
-                _row(setting, kernel, mode, timing, peaks[kernel], device)
-                | {"drift": f"{_drift(_signature(setting, kernel, mode, small, device), truth[mode]):.3g}"}
-            )
-    return found
+            drift = _drift(_signature(setting, kernel, mode, small, device), truth[mode])
+            yield _row(setting, kernel, mode, timing, peaks[kernel], device) | {"drift": f"{drift:.3g}"}
+    torch._dynamo.reset()  # the next setting's models are others, and compiled code of one function is limited
+
+
+def _time(steps: Mapping[str, Callable], runs: int, device: str) -> tuple[dict[str, Timing], dict[str, Exception]]:
+    """Times of all in turn; where that fails (memory, say), of each alone."""
+    take = partial(measure, runs=runs, warm_ups=1, warm_cache=True, device=device)
+    try:
+        return take(steps) if steps else {}, {}
+    except Exception:  # of whichever contender: each alone tells
+        timings, failed = {}, {}
+    for kernel, step in steps.items():
+        try:
+            timings |= take({kernel: step})
+        except Exception as error:
+            failed[kernel] = error
+    return timings, failed
 
 
 def _in_mode(contender: _Contender, mode: str) -> Callable[[], torch.Tensor]:
