@@ -62,6 +62,9 @@ __device__ __forceinline__ unsigned lines_within(int z, int y, int z_from, int z
   return lines;
 }
 
+// A block has one row along this axis, and that row one column.
+__device__ constexpr bool is_flat(int axis) { return kernel_size(axis) == 1 && row_tile(axis) * warps(axis) == 1; }
+
 // The columns of rows g and g + 8 of this thread, in positions of the halo.
 struct LaneRows {
   int row[2][3], first[2][3], end[2][3];
@@ -71,6 +74,10 @@ struct LaneRows {
     for (int half = 0; half < 2; ++half)
 #pragma unroll
       for (int axis = 0; axis < 3; ++axis) {
+        if (is_flat(axis)) {
+          row[half][axis] = first[half][axis] = 0, end[half][axis] = 1;
+          continue;
+        }
         const int at = tile.row(axis, int(threadIdx.x % 32 / 4) + 8 * half);
         row[half][axis] = at - tile.halo_first[axis];
         first[half][axis] = first_column(axis, at, tile.length[axis]) - tile.halo_first[axis];
