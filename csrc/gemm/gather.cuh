@@ -172,6 +172,39 @@ __device__ __forceinline__ void sum_by_key(const Tile& tile, const KeyRows& rows
   }
 }
 
+// The warp's rows of sums once more, into `own`, from global memory and over pairs alone: a weight of 0 times a NaN is a NaN,
+// which must not reach rows whose window does not hold it. A function of its own, since it is rare and needs registers.
+__device__ __noinline__ void sum_pairs(const GatherArguments& args, Element* own) {
+  const Tile tile(args.geometry);
+  const Element* const weights = tile.origin(args.weights, args.weights_at);
+  const Element* const x_origin = tile.origin(args.x, args.x_at);
+  const Step weights_step(args.geometry, args.weights_at), x_step(args.geometry, args.x_at);
+  for (int i = tile.lane; i < ROWS * HEAD_DIM; i += 32) {
+    const int r = i / HEAD_DIM, component = i % HEAD_DIM;
+    float sum = 0;
+    for (int z = tile.box_first[0]; z < tile.box_end[0]; ++z)
+      for (int y = tile.box_first[1]; y < tile.box_end[1]; ++y)
+        for (int x = tile.box_first[2]; x < tile.box_end[2]; ++x) {
+          const int column[3] = {z + tile.halo_first[0], y + tile.halo_first[1], x + tile.halo_first[2]};
+          int query[3], slot = 0;
+          bool holds = true;
+#pragma unroll
+          for (int axis = 0; axis < 3; ++axis) {
+            const int row = tile.row(axis, r), key = BY_KEY ? row : column[axis];
+            query[axis] = BY_KEY ? column[axis] : row;
+            const Span span(axis, query[axis], tile.length[axis], 0);
+            holds = holds && span.holds(key);
+            slot = slot * kernel_size(axis) + key - span.first;
+          }
+          if (!holds) continue;
+          const Offset of_query = weights_step.to(query[0], query[1], query[2]);
+          const Offset of_column = x_step.to(column[0], column[1], column[2]);
+          sum += widen(weights[of_query + slot]) * widen(x_origin[of_column + component]);
+        }
+    own[r * (OUT_PITCH / int(sizeof(Element))) + component] = narrow<Element>(sum * float(args.scale));
+  }
+}
+
 __device__ __forceinline__ void gather(const GatherArguments& args) {
   NATRAIN_DYNAMIC_SHARED(shared);
   const Tile tile(args.geometry);
@@ -203,14 +236,17 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
 
   unsigned char* const own = shared + tile.warp * ROWS * OUT_PITCH;
   const float scale = float(args.scale);
+  bool has_nan = false;
 #pragma unroll
   for (int i = 0; i < 2; ++i)
 #pragma unroll
     for (int block = 0; block < BLOCKS; ++block) {
       const float pair[2] = {sums[block][2 * i] * scale, sums[block][2 * i + 1] * scale};
+      has_nan = has_nan || pair[0] != pair[0] || pair[1] != pair[1];
       const int at = (tile.lane / 4 + 8 * i) * OUT_PITCH + (8 * block + tile.lane % 4 * 2) * sizeof(Element);
       store<2>(reinterpret_cast<Element*>(own + at), pair);
     }
+  if (__any_sync(WARP, has_nan)) sum_pairs(args, reinterpret_cast<Element*>(own));
   __syncwarp();
   store_own<PIECES>(tile, args.geometry, own, OUT_PITCH, args.out, args.out_at);
 }

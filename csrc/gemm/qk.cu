@@ -107,7 +107,7 @@ struct Scores {
   }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) natrain_gemm_qk(const __grid_constant__ Arguments args) {
+extern "C" __global__ void NATRAIN_GEMM_BOUNDS natrain_gemm_qk(const __grid_constant__ Arguments args) {
   NATRAIN_DYNAMIC_SHARED(shared);
   const Tile tile(args.geometry);
   const unsigned keys_at = shared_address(shared);

@@ -259,3 +259,10 @@ __device__ __forceinline__ void store_own(const Tile& tile, const Geometry& g, c
 }
 
 }  // namespace natrain
+
+// Where shared memory lets few blocks share a multiprocessor anyway, each may have the registers that leaves it.
+#if NATRAIN_MIN_BLOCKS
+#define NATRAIN_GEMM_BOUNDS __launch_bounds__(natrain::THREADS, NATRAIN_MIN_BLOCKS)
+#else
+#define NATRAIN_GEMM_BOUNDS __launch_bounds__(natrain::THREADS)
+#endif

@@ -59,6 +59,7 @@ def gemm_defines(
         "NATRAIN_CHUNK": tiling.chunk,
         "NATRAIN_HELD": tiling.held,
         "NATRAIN_BIAS_BYTES": tiling.bias_bytes,
+        "NATRAIN_MIN_BLOCKS": tiling.min_blocks,
         "NATRAIN_TERMS": terms,
         "NATRAIN_SHARED_BYTES": tiling.shared_bytes,
     }

@@ -21,6 +21,7 @@ SHARED_BYTES = 227 * 1024  # the most of a block, sm_90
 _ROW_TILES = (1, 2, 4, 8, 16)
 _WARPS = (1, 2, 4, 8)
 _MOST_BIAS_BYTES = 8 * 1024
+_REGISTERS = 65536  # of a multiprocessor
 
 
 @functools.lru_cache(maxsize=256)
@@ -66,6 +67,7 @@ class GemmTiling:
         held: scores of a row that qk holds in shared memory.
         is_staged: av and inverse read weights from shared memory.
         bias_bytes: of a head's bias that qk holds there.
+        min_blocks: that a multiprocessor is to hold, where shared memory and not registers limits them; else 0.
         tiles: blocks that cover the longest dilation group.
     """
 
@@ -77,6 +79,7 @@ class GemmTiling:
     is_staged: bool
     tiles: tuple[int, int, int]
     bias_bytes: int
+    min_blocks: int
     shared_bytes: int
     cost: float
 
@@ -95,6 +98,11 @@ class _Primitive:
     pitch: int  # of a row of weights, elements
     line_slots: int  # of a line of a window: its extent along x
     bias_bytes: int  # of a head's bias in shared memory
+
+    @property
+    def registers(self) -> int:
+        """That a thread does with: those of D sums or of D's factors, and the rest."""
+        return 80 + self.head_dim // 2
 
     @property
     def row_bytes(self) -> int:
@@ -200,5 +208,9 @@ def choose_gemm_tiling(
                     continue
                 cost = need.cost(box, size, chunk, count, is_staged, shared, max_shared_bytes) * blocks
                 if best is None or cost < best.cost:
-                    best = GemmTiling(row, warps, halo, chunk, held, is_staged, tiles, bias_bytes, shared, cost)
+                    fit = max(1, max_shared_bytes // (shared + 1024))
+                    min_blocks = fit if fit * 32 * count * need.registers <= _REGISTERS else 0
+                    best = GemmTiling(
+                        row, warps, halo, chunk, held, is_staged, tiles, bias_bytes, min_blocks, shared, cost
+                    )
     return best

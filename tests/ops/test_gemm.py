@@ -165,3 +165,17 @@ def test_the_named_kernel_is_the_one_that_runs():
     names = {event.key for event in profile.key_averages()}
     for primitive in ("gemm_qk", "gemm_av", "gemm_inverse", "naive_softmax", "naive_softmax_grad", "naive_rpb_grad"):
         assert f"natrain_{primitive}" in names
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_nan_reaches_only_rows_whose_window_holds_it(dtype):
+    """Forward and backward, as the reference has it, though a tile multiplies every column by every row."""
+    q, k, v = (torch.randn(2, 12, 12, 2, 32, device="cuda", dtype=dtype) for _ in range(3))
+    k[0, 3, 4, 1], v[1, 7, 8, 0], q[1, 2, 2, 1] = float("nan"), float("inf"), float("nan")
+    results = []
+    for kernel in ("gemm", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = natrain.na2d(*leaves, 3, 2, kernel=kernel)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for mine, other in zip(*results, strict=True):
+        assert not other.isfinite().all() and torch.equal(mine.isfinite(), other.isfinite())

@@ -104,3 +104,17 @@ def test_every_problem_of_the_frozen_sweep_has_a_tiling():
         for primitive in ("qk", "av", "inverse"):
             tiling = limited(primitive, case.spatial, case.window, case.head_dim, case.dtype)
             assert tiling is not None and tiling.shared_bytes <= 99 * 1024, (primitive, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_nan_reaches_only_rows_whose_window_holds_it(dtype, on_the_cpu):
+    """Forward and backward, as the reference has it, though a tile multiplies every column by every row."""
+    q, k, v = (torch.randn(2, 12, 12, 2, 32, dtype=dtype) for _ in range(3))
+    k[0, 3, 4, 1], v[1, 7, 8, 0], q[1, 2, 2, 1] = float("nan"), float("inf"), float("nan")
+    results = []
+    for kernel in ("gemm", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = natrain.na2d(*leaves, 3, 2, kernel=kernel)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for mine, other in zip(*results, strict=True):
+        assert not other.isfinite().all() and torch.equal(mine.isfinite(), other.isfinite())
