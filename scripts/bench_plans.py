@@ -1,9 +1,9 @@
-"""Times plans of a fused kernel against each other: what the cost models of fused_plan.py and fused_gradient_plan.py and the
-table in the former come from.
+"""Times plans of a fused kernel against each other: what the models of cost in natrain/ops/fused*_plan.py come from.
 
-For every layer of natrain/bench/layers.py the plan that is chosen and the ``--most`` next ones by cost, no more than four
-of one row tile and block; of a backward kernel the time of both is printed, the other one as it is chosen. Prints, fastest first: milliseconds (device time, cold second-level cache),
-the model's estimate, and the plan; ``*`` marks the choice. Outputs are compared with those of the choice.
+For every layer of natrain/bench/layers.py the plan that is chosen and the ``--most`` next ones by cost, no more than
+four of one row tile and block. Prints, fastest first: milliseconds (device time, cold second-level cache), the model's
+estimate, and the plan; ``*`` marks the choice. Outputs are compared with those of the choice. A backward kernel is
+timed with the others of backward, which take their own choice.
 
     python scripts/bench_plans.py [--kernel backward_q] [--layers 56/1 28/1] [--dtype bfloat16] [--no-rpb] [--most 24]
     python scripts/bench_plans.py --list    (the plans only; needs no GPU)
@@ -30,30 +30,29 @@ KERNELS = ("forward", "backward_q", "backward_kv")
 
 
 def plans(
-    kernel: str, layer: layers.Layer, dtype: torch.dtype, has_rpb: bool, device: Device, most: int
-) -> list[tuple[float, Plan]]:
-    """(cost, plan): the choice first, then others by cost."""
+    layer: layers.Layer, dtype: torch.dtype, has_rpb: bool, device: Device, most: int, kernel: str = "forward"
+) -> list[Plan]:
+    """The choice first, then others by cost."""
     rank = len(layer.spatial)
     window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
     space = Space.of(layer.spatial, window, layer.batch, layer.heads, layer.heads, dtype, has_rpb)
     if kernel == "forward":
         demands = Demands.of_forward(layer.head_dim, layer.head_dim, dtype)
-        chosen, costs = choose_plan(space, demands, device), [(p.cost, p) for p in candidates(space, demands, device)]
+        chosen, others = choose_plan(space, demands, device), candidates(space, demands, device)
     else:
-        problem = Problem(
-            layer.batch, layer.spatial, layer.heads, layer.head_dim, window, dtype, "cuda", has_rpb=has_rpb
-        )
+        shape = layer.batch, layer.spatial, layer.heads, layer.head_dim
+        problem = Problem(*shape, window, dtype, "cuda", has_rpb=has_rpb)
         demands = demands_of_q(problem) if kernel == "backward_q" else demands_of_kv(problem, 3)
         entries = math.prod(window.rpb_shape) if has_rpb and kernel == "backward_q" else 0
         chosen = choose_gradient_plan(space, demands, device, entries)
-        costs = list(gradient_plans(space, demands, device, entries))
+        others = gradient_plans(space, demands, device, entries)
     alike: Counter = Counter()
-    found = [(cost, plan) for cost, plan in costs if plan == chosen][:1]
-    for cost, plan in sorted(costs, key=lambda item: item[0]):
+    found = [chosen]
+    for plan in sorted(others, key=lambda plan: plan.cost):
         kind = plan.row_tile, plan.warps
         if plan != chosen and alike[kind] < 4 and len(found) <= most:
             alike[kind] += 1
-            found.append((cost, plan))
+            found.append(plan)
     return found
 
 
@@ -116,15 +115,14 @@ def main() -> None:
     for layer in layers.LAYERS:
         if layer.name not in arguments.layers:
             continue
-        costs = plans(arguments.kernel, layer, dtype, has_rpb, device, arguments.most)
-        found = [plan for _, plan in costs]
+        found = plans(layer, dtype, has_rpb, device, arguments.most, arguments.kernel)
         print(f"{layer.name} {arguments.kernel} {arguments.dtype} {'with' if has_rpb else 'without'} bias")
         results = [(0.0, plan) for plan in found]
         if not arguments.list:
             results = sorted(timed(arguments.kernel, layer, found, dtype, has_rpb), key=lambda result: result[0])
         for ms, plan in results:
             # An estimate in cycles, at the clock of an H200 under load.
-            estimate = f"model {costs[found.index(plan)][0] / 1.755e6:.4f}"
+            estimate = f"model {plan.cost / 1.755e6:.4f}"
             mark = "*" if plan == found[0] else " "
             print(f"  {mark} {f'{ms:.4f} ms, ' if ms else ''}{estimate}: {describe(plan)}")
 

@@ -31,6 +31,9 @@ struct Arguments {
 
 constexpr int STAGES = NATRAIN_STAGES;
 constexpr bool HAS_DROPOUT = NATRAIN_HAS_DROPOUT, HAS_KEY_MASK = NATRAIN_HAS_KEY_MASK;
+// Several heads of q share one of k and v.
+constexpr bool IS_GROUPED = NATRAIN_IS_GROUPED;
+__device__ __forceinline__ int heads_per_kv(const Geometry& g) { return IS_GROUPED ? g.heads_per_kv : 1; }
 // A stage: columns of k and v (q and d_out), their statistics where they are queries.
 constexpr int COLUMNS_1_BYTES = CHUNK_TOKENS * RowFormat<HEAD_DIM>::PITCH;
 constexpr int COLUMNS_2_BYTES = CHUNK_TOKENS * RowFormat<VALUE_DIM>::PITCH;
@@ -83,8 +86,10 @@ struct Place {
         at[axis] = 0;
       }
     }
-    if (ROWS_ARE_KEYS && ++member < g.heads_per_kv) return;
-    member = 0;
+    if (ROWS_ARE_KEYS && IS_GROUPED) {
+      if (++member < g.heads_per_kv) return;
+      member = 0;
+    }
     image += g.splits;
   }
 };
@@ -134,11 +139,6 @@ class Stream {
   Place place;
   int stage = 0, rows = 0;
 
-  // Tokens of a stage whose statistics a thread fetches, and where they are in an image; -1: past the end of the group.
-  static constexpr int TOKENS_OF_THREAD = (CHUNK_TOKENS + THREADS - 1) / THREADS;
-  static constexpr bool TOKENS_HELD = ROWS_ARE_KEYS && RESIDENT && TOKENS_OF_THREAD <= 4;
-  int token[TOKENS_HELD ? TOKENS_OF_THREAD : 1];
-
  public:
   __device__ __forceinline__ Stream(const Arguments& args, const Tile& t, unsigned shared_address)
       : g(args.geometry),
@@ -153,18 +153,14 @@ class Stream {
         step_2(g, columns_2_at),
         tokens(g.length[0] * g.length[1] * g.length[2]),
         place(t) {
-    const int other = ROWS_ARE_KEYS ? t.head * g.heads_per_kv : t.head / g.heads_per_kv;
+    const int other = ROWS_ARE_KEYS ? t.head * heads_per_kv(g) : t.head / heads_per_kv(g);
     columns_1 = (ROWS_ARE_KEYS ? args.q : args.k) + (t.first_image * columns_1_at.batch + t.group_origin(columns_1_at, other));
     columns_2 =
         (ROWS_ARE_KEYS ? args.d_out : args.v) + (t.first_image * columns_2_at.batch + t.group_origin(columns_2_at, other));
     row_1 = lane_row(g, t, ROWS_ARE_KEYS ? args.k : args.q, rows_1_at, t.head);
     row_2 = lane_row(g, t, ROWS_ARE_KEYS ? args.v : args.d_out, rows_2_at, t.head);
     row_3 = ROWS_ARE_KEYS ? nullptr : lane_row(g, t, args.out, rows_3_at, t.head);
-    statistics = args.statistics + (t.first_image * (long long)(g.heads * g.heads_per_kv) + other) * tokens;
-    if constexpr (TOKENS_HELD) {
-#pragma unroll
-      for (int i = 0; i < TOKENS_OF_THREAD; ++i) token[i] = token_at(threadIdx.x + i * THREADS, tile.halo_first);
-    }
+    statistics = args.statistics + (t.first_image * (long long)(g.heads * heads_per_kv(g)) + other) * tokens;
   }
 
   __device__ __forceinline__ void fetch() {
@@ -197,18 +193,18 @@ class Stream {
     place.advance(tile, g);
     // Heads of q that share one of k and v follow each other.
     const long long heads = ROWS_ARE_KEYS ? place.member - member : 0;
-    if (ROWS_ARE_KEYS && heads != 0) {
+    if (ROWS_ARE_KEYS && IS_GROUPED && heads != 0) {
       columns_1 += heads * columns_1_at.head;
       columns_2 += heads * columns_2_at.head;
       statistics += heads * tokens;
     }
-    if (RESIDENT && !ROWS_ARE_KEYS || place.image != image) {
+    if ((RESIDENT && !IS_GROUPED) || place.image != image) {
       columns_1 += g.splits * columns_1_at.batch;
       columns_2 += g.splits * columns_2_at.batch;
       row_1 += g.splits * rows_1_at.batch;
       row_2 += g.splits * rows_2_at.batch;
       if (!ROWS_ARE_KEYS) row_3 += g.splits * rows_3_at.batch;
-      statistics += g.splits * (long long)(g.heads * g.heads_per_kv) * tokens;
+      statistics += g.splits * (long long)(g.heads * heads_per_kv(g)) * tokens;
     }
   }
 
@@ -229,10 +225,10 @@ class Stream {
   // Zeros past the end of the group, where the start values are -inf.
   __device__ __forceinline__ void fetch_statistics(unsigned to, const int (&first)[3]) const {
 #pragma unroll
-    for (int i = 0; i < TOKENS_OF_THREAD; ++i) {
+    for (int i = 0; i < (CHUNK_TOKENS + THREADS - 1) / THREADS; ++i) {
       const int of_stage = threadIdx.x + i * THREADS;
       if (CHUNK_TOKENS % THREADS != 0 && of_stage >= CHUNK_TOKENS) break;
-      const int at = TOKENS_HELD ? token[TOKENS_HELD ? i : 0] : token_at(of_stage, first);
+      const int at = token_at(of_stage, first);
       cp_async_8(to + of_stage * 8, statistics + at, at >= 0);
     }
   }

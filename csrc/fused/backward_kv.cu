@@ -11,7 +11,7 @@ constexpr bool HAS_D_K = NATRAIN_GRADIENTS & 1, HAS_D_V = NATRAIN_GRADIENTS & 2;
 
 // Every entry by one warp, in a fixed order.
 __device__ __forceinline__ void sum_bias(const Arguments& args) {
-  const int lane = threadIdx.x % 32, count = args.geometry.heads * args.geometry.heads_per_kv * ENTRIES;
+  const int lane = threadIdx.x % 32, count = args.geometry.heads * heads_per_kv(args.geometry) * ENTRIES;
   for (int i = blockIdx.x * WARPS + threadIdx.x / 32; i < count; i += gridDim.x * WARPS) {
     const float* from = args.bias_partial + (long long)(i / ENTRIES) * args.partials * ENTRIES + i % ENTRIES;
     float sum = 0;
@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Tile tile(g);
   const Scale scale(args.scale);
   Tile of_query = tile;  // the same of a head of q
-  of_query.head = tile.head * g.heads_per_kv;
+  of_query.head = tile.head * heads_per_kv(g);
   StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
 
   Stream stream(args, tile, shared.address);
@@ -46,7 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
   const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r
-  const Offset d_k_row = row_offset(tile, Step(g, args.d_k_at), lane / 2), d_v_row = row_offset(tile, Step(g, args.d_v_at), lane / 2);
+  const Offset d_k_row = row_offset(tile, Step(g, args.d_k_at), lane / 2);
+  const Offset d_v_row = row_offset(tile, Step(g, args.d_v_at), lane / 2);
   if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
 
   Rows<HEAD_DIM> k;
@@ -56,8 +57,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   int stage = 0, rows_buffer = 0;
   for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
     next_stage(stream);
-    of_query.head = tile.head * g.heads_per_kv + place.member;
-    if (HAS_RPB && g.heads_per_kv > 1 && place.is_first()) {
+    of_query.head = tile.head * heads_per_kv(g) + place.member;
+    if (HAS_RPB && IS_GROUPED && place.is_first()) {
       StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
       __syncthreads();
 #if !NATRAIN_START_TABLE
@@ -126,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
             columns.locate(u, i, query);
             const int r = lane / 4 + i % 4 / 2 * 8;
             const int key[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
-            const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads * g.heads_per_kv, of_query.head,
+            const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads * heads_per_kv(g), of_query.head,
                                                          token_of(tile, g, query)));
             const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
             d_score = p * ((kept ? d_score * args.keep_scale : 0) - column.y);
@@ -140,16 +141,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       }
     });
 
-    if (is_last && place.member == g.heads_per_kv - 1) {
+    if (is_last && place.member == heads_per_kv(g) - 1) {
       const float of_k[2] = {args.scale, args.scale}, keep = HAS_DROPOUT ? args.keep_scale : 1.f, of_v[2] = {keep, keep};
       __syncwarp();
       if constexpr (HAS_D_K) put_rows<HEAD_DIM>(shared, rows_at, d_k, of_k);
       if constexpr (HAS_D_V) put_rows<VALUE_DIM>(shared, rows_at + ROWS_1_BYTES, d_v, of_v);
       __syncwarp();
-      if (HAS_D_K && has_row)
-        store_row<HEAD_DIM>(bytes + rows_at, args.d_k + (place.image * args.d_k_at.batch + tile.group_origin(args.d_k_at, tile.head)) + d_k_row);
-      if (HAS_D_V && has_row)
-        store_row<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES, args.d_v + (place.image * args.d_v_at.batch + tile.group_origin(args.d_v_at, tile.head)) + d_v_row);
+      Element* d_k_row_at = args.d_k + (place.image * args.d_k_at.batch + tile.group_origin(args.d_k_at, tile.head)) + d_k_row;
+      Element* d_v_row_at = args.d_v + (place.image * args.d_v_at.batch + tile.group_origin(args.d_v_at, tile.head)) + d_v_row;
+      if (HAS_D_K && has_row) store_row<HEAD_DIM>(bytes + rows_at, d_k_row_at);
+      if (HAS_D_V && has_row) store_row<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES, d_v_row_at);
     }
   }
   if (NATRAIN_BIAS_GRAD) sum_bias(args);

@@ -23,18 +23,9 @@ from natrain.jit import cuda
 from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel
 from natrain.ops.dropout import drop_threshold
-from natrain.ops.fused_plan import (
-    Demands,
-    Device,
-    Plan,
-    Space,
-    candidates,
-    choose_plan,
-    shared_capacity,
-    table_bytes,
-    window_constants,
-)
-from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type
+from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q
+from natrain.ops.fused_plan import Demands, Device, Plan, Space, choose_plan
+from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type, window_defines
 from natrain.ops.naive_specs import DTYPES
 from natrain.ops.precision import is_tf32_allowed
 from natrain.ops.problem import Problem
@@ -43,8 +34,6 @@ from natrain.ops.registry import FusedKernel, Limits, register
 MAX_HEAD_DIM = 256
 # Bytes that the tables of a bias gradient may take, one a block.
 MAX_BIAS_WORKSPACE = 2**28
-_MATRIX_BYTES = 16 * 17 * 4  # MATRIX_BYTES of csrc/fused/backward_q.cu
-_GROUPS_HELD = 8  # groups whose dS stays in registers there
 
 # After struct Geometry: scale, keep_scale, drop_threshold and the addresses.
 _FORWARD = struct.Struct("=2fI8Q")
@@ -120,7 +109,7 @@ def _space(problem: Problem) -> Space:
 
 
 def _part(entry: str, problem: Problem, constants: _Constants, plan: Plan, geometry: bytes, **more: int) -> _Part:
-    defines = {**window_constants(problem.window), **constants.defines(), **plan.defines(), **more}
+    defines = {**window_defines(problem.window), **constants.defines(), **plan.defines(), **more}
     return _Part(entry, plan, geometry, tuple(sorted(defines.items())))
 
 
@@ -134,119 +123,26 @@ def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Pa
 def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
     """backward_q.cu, then backward_kv.cu once, or for each gradient where both would not fit the registers."""
     entries = math.prod(problem.window.rpb_shape) if problem.has_rpb else 0
-    plan = _plan_backward(_space(problem), _q_demands(problem), device, entries)
+    plan = choose_gradient_plan(_space(problem), demands_of_q(problem), device, entries)
     # Tables of the bias gradient that blocks leave for a head.
     partials = plan.grid // problem.heads
     geometry = plan.geometry(_space(problem)) + struct.pack("i", partials)
-    bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb)}
+    grouped = {"NATRAIN_IS_GROUPED": int(problem.is_grouped)}
+    bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb), **grouped}
     parts = [_part("backward_q", problem, constants, plan, geometry, **bias)]
     # Blocks belong to a head of k and v, and go over the heads of q that share it.
     space = replace(_space(problem), heads=problem.kv_heads)
     wide = problem.head_dim + problem.value_dim > 256
     for gradients in (1, 2) if wide else (3,):
-        plan = _plan_backward(space, _kv_demands(problem, gradients), device)
+        plan = choose_gradient_plan(space, demands_of_kv(problem, gradients), device)
         geometry = struct.pack(
             "14i", *struct.unpack("10i", plan.geometry(space)[:40]), problem.heads // problem.kv_heads,
             problem.batch, plan.splits, partials,
         )  # fmt: skip
         # The first that runs adds up the bias gradient.
-        bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb and gradients != 2), "NATRAIN_GRADIENTS": gradients}
+        bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb and gradients != 2), "NATRAIN_GRADIENTS": gradients, **grouped}
         parts.append(_part("backward_kv", problem, constants, plan, geometry, **bias))
     return parts
-
-
-def _held_registers(dim: int, itemsize: int) -> int:
-    """Of the rows of a warp as csrc/fused/products.cuh keeps them."""
-    held = dim * itemsize // 8
-    return held if held <= 48 else 4
-
-
-def _q_demands(problem: Problem) -> Demands:
-    head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + head_dim // 2 + 72
-    return Demands(
-        (head_dim, value_dim),
-        (head_dim, value_dim),
-        registers,
-        per_group=8 if problem.has_rpb else 0,
-        most_groups=_GROUPS_HELD if problem.has_rpb else 16,
-        row_buffers=3,
-        fewest_stages=1,
-    )
-
-
-def _kv_demands(problem: Problem, gradients: int) -> Demands:
-    head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    sums = (head_dim // 2 if gradients & 1 else 0) + (value_dim // 2 if gradients & 2 else 0)
-    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + sums + 80
-    return Demands(
-        (head_dim, value_dim),
-        (head_dim, value_dim),
-        registers,
-        per_group=0,
-        most_groups=16,
-        row_buffers=2,
-        column_bytes=8,
-        rows_are_keys=True,
-        fewest_stages=1,
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan_backward(space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Plan:
-    """The plan of least cost.
-
-    Where the bias gradient is summed, every warp has a table of ``bias_entries`` besides what plans hold.
-    """
-    per_multiprocessor, per_block = shared_capacity(device.capability)
-    best = None
-    for plan in candidates(space, demands, device):
-        warps = math.prod(plan.warps)
-        shared = -(-plan.shared_bytes // 16) * 16
-        shared += warps * (_MATRIX_BYTES + 4 * bias_entries) if bias_entries else 0
-        # Warps are dealt to four schedulers with 16,384 registers each.
-        registers = demands.registers + demands.per_group * plan.groups
-        most_warps = 4 * (512 // (-(-registers // 8) * 8))
-        blocks = min(plan.min_blocks, per_multiprocessor // (shared + 1024), max(1, most_warps // warps))
-        if shared > per_block or not blocks:
-            continue
-        plan = replace(plan, shared_bytes=shared, min_blocks=blocks)
-        cost = _cost(plan, space, demands, device, bias_entries > 0)
-        if best is None or cost < best[0]:
-            best = cost, plan
-    if best is None:
-        raise ValueError(f"no plan of a gradient for {space}")
-    return best[1]
-
-
-def _cost(plan: Plan, space: Space, demands: Demands, device: Device, is_bias_summed: bool) -> float:
-    """Cycles, as far as they tell plans apart: instructions as compiled, factors as measured plans have them."""
-    warps = math.prod(plan.warps)
-    resident_warps = warps * plan.min_blocks
-    width = sum(demands.columns) * space.itemsize / 128  # 1 at head_dim 32 in 16 bits
-    per_group = 34 + (50 if demands.rows_are_keys else 36) * width
-    if is_bias_summed and not (plan.resident and plan.groups <= _GROUPS_HELD):
-        per_group += 150  # dS does not stay in registers: its diagonals are summed for every image
-    chunks = math.prod(plan.chunk) if plan.resident else 1.2 * math.prod(plan.box)
-    instructions = 200 + 100 * width + per_group * math.prod(plan.box) / 16 + 8 * 8 * width * chunks / (32 * warps)
-    # Of a scheduler's slots a few warps fill few, and many no more than these.
-    cycles = -(-resident_warps // 4) * instructions / min(0.45, 0.047 * resident_warps)
-    if plan.stages == 1:
-        cycles *= 1 + 0.5 / plan.min_blocks
-    if not plan.resident:
-        # A chunk is used only by the warps whose boxes it meets, and everyone waits for it.
-        halo = [b + (w - 1) * t for b, w, t in zip(plan.box, plan.warps, plan.row_tile, strict=True)]
-        axes = 3 if plan.chunked_x else 2
-        cycles *= 0.9 * (math.prod(halo[:axes]) / math.prod(plan.box[:axes])) ** 0.4
-        cycles *= 1.4 if plan.min_blocks == 1 else 1
-    table = 0
-    if plan.start_table:
-        table = table_bytes(space, plan.row_tile, plan.warps, plan.box[2])
-        if plan.classes:
-            table = plan.classes.bytes(plan.row_tile, plan.warps, plan.box)
-    waves = plan.grid / (device.multiprocessors * plan.min_blocks)
-    images = -(-space.batch // plan.splits)
-    return (math.ceil(waves) if waves < 4 else waves + 0.5) * ((images + 1) * cycles + 0.15 * table * plan.min_blocks)
 
 
 def _constants(problem: Problem, offset: str) -> _Constants:
