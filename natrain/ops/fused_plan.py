@@ -24,9 +24,16 @@ from dataclasses import dataclass
 
 import torch
 
-from natrain.ops.geometry import three_axes, window_defines
-from natrain.ops.problem import Window
-from natrain.ops.window import window_bounds
+from natrain.ops.fused_tiles import (
+    Classes,
+    Space,
+    box_extent,
+    box_offset,
+    line_multiple,
+    round_up,
+    row_pitch,
+    table_bytes,
+)
 
 # Shared memory of a multiprocessor, and the most a block may have, by compute capability.
 _SHARED = {(8, 0): (164, 163), (8, 6): (100, 99), (8, 7): (164, 163), (8, 9): (100, 99), (12, 0): (100, 99)}
@@ -53,22 +60,6 @@ class Device:
 
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
-
-
-def row_pitch(dim: int, itemsize: int) -> int:
-    """Bytes from row to row in shared memory (``RowFormat`` of csrc/fused/halo.cuh)."""
-    pieces = dim * itemsize // 16
-    return 16 * (pieces if _is_permuted(pieces, itemsize) else pieces | 1)
-
-
-def _is_permuted(pieces: int, itemsize: int) -> bool:
-    return itemsize == 2 and pieces & (pieces - 1) == 0
-
-
-def _line_multiple(dims: tuple[int, ...], itemsize: int) -> int:
-    """What the tokens of a line in shared memory must be a multiple of, so that every line begins in the same bank."""
-    pieces = [dim * itemsize // 16 for dim in dims]
-    return max(8 // p if _is_permuted(p, itemsize) and p < 8 else 1 for p in pieces)
 
 
 @dataclass(frozen=True)
@@ -106,117 +97,6 @@ class Demands:
 
     def row_buffer(self, itemsize: int) -> int:
         return self.row_buffers * 16 * max(row_pitch(dim, itemsize) for dim in self.rows)
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a problem; ``length`` in tokens."""
-
-    length: int
-    kernel_size: int
-    dilation: int
-    stride: int
-    is_causal: bool
-
-    @property
-    def group_lengths(self) -> tuple[int, ...]:
-        """Distinct lengths of dilation groups, the longest first."""
-        longest, shortest = -(-self.length // self.dilation), self.length // self.dilation
-        return (longest,) if longest == shortest else (longest, shortest)
-
-
-@functools.lru_cache(maxsize=1024)
-def columns_of_rows(axis: Axis, n: int, rows_are_keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """First column and one past the last of every row of a group of n positions."""
-    first, end = window_bounds(torch.arange(n), torch.tensor(n), axis.kernel_size, axis.stride, axis.is_causal)
-    if not rows_are_keys:
-        return first, end
-    # Starts and ends never decrease, so that the queries of a key are an interval.
-    keys = torch.arange(n)
-    return torch.searchsorted(end, keys, right=True), torch.searchsorted(first.contiguous(), keys, right=True)
-
-
-@functools.lru_cache(maxsize=65536)
-def box_extent(axis: Axis, rows_are_keys: bool, tile: int) -> int:
-    """Columns that the rows of a tile reach together, at most."""
-    most = 0
-    for n in axis.group_lengths:
-        first, end = columns_of_rows(axis, n, rows_are_keys)
-        starts = torch.arange(0, n, tile)
-        most = max(most, int((end[(starts + tile - 1).clamp(max=n - 1)] - first[starts]).max()))
-    return most
-
-
-@functools.lru_cache(maxsize=65536)
-def box_offset(axis: Axis, rows_are_keys: bool, tile: int, warps: int) -> int:
-    """How far a warp's box may begin behind its block's halo."""
-    most = 0
-    for n in axis.group_lengths:
-        first, _ = columns_of_rows(axis, n, rows_are_keys)
-        starts = torch.arange(0, n, tile)
-        most = max(most, int((first[starts] - first[starts // (tile * warps) * (tile * warps)]).max()))
-    return most
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Kinds of rows in a block, by where they stand in their windows (table 2 of csrc/fused/start.cuh)."""
-
-    y: int
-    x: int
-    lines: int
-    margin: int
-
-    @staticmethod
-    def of(space: Space, rows_are_keys: bool, row_tile, warps, box) -> Classes:
-        """The most that any block has."""
-        _, axis_y, axis_x = space.axes
-        lines, before = _lines_of_classes(axis_y, rows_are_keys, row_tile[1])
-        return Classes(
-            _most_classes(axis_y, rows_are_keys, 1, row_tile[1] * warps[1], space.has_rpb),
-            _most_classes(axis_x, rows_are_keys, row_tile[2], warps[2], space.has_rpb),
-            lines,
-            max(before, box[1] - lines),
-        )
-
-    def bytes(self, row_tile, warps, box) -> int:
-        """Of ``StartTable``."""
-        line = box[2] // 8 * self.x * row_tile[2] * 32
-        if row_tile[2] < 4:
-            line += (row_tile[2] * 32 + 128 - line % 128) % 128
-        entries = row_tile[1] * warps[1] + warps[2] + 2 * self.y + self.x
-        return (self.y * (self.lines + self.margin) + self.margin) * line + _ceil(4 * entries, 16)
-
-
-@functools.lru_cache(maxsize=65536)
-def _lines_of_classes(axis: Axis, rows_are_keys: bool, tile: int) -> tuple[int, int]:
-    """Most columns of a row, and how many lines a box begins before them at most."""
-    most = before = 0
-    for n in axis.group_lengths:
-        first, end = columns_of_rows(axis, n, rows_are_keys)
-        most = max(most, int((end - first).max()))
-        before = max(before, int((first - first[torch.arange(n) // tile * tile]).max()))
-    return most, before
-
-
-@functools.lru_cache(maxsize=65536)
-def _most_classes(axis: Axis, rows_are_keys: bool, size: int, count: int, has_rpb: bool) -> int:
-    """Runs of equal units in a block of ``count`` units of ``size`` rows, as seen from a unit's first column."""
-    most = 1
-    for n in axis.group_lengths:
-        first, end = columns_of_rows(axis, n, rows_are_keys)
-        starts = torch.arange(0, n, size * count)
-        unit = (starts[:, None] + torch.arange(count) * size)[..., None]
-        rows = (unit + torch.arange(size)).clamp(max=n - 1)
-        origin = first[unit.clamp(max=n - 1)]
-        kinds = torch.stack([first[rows] - origin, end[rows] - origin, (rows - origin) * has_rpb], -1)
-        changes = (kinds[:, 1:] != kinds[:, :-1]).flatten(2).any(-1)
-        most = max(most, 1 + int(changes.sum(1).max()) if count > 1 else 1)
-    return most
-
-
-def _ceil(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 @dataclass(frozen=True)
@@ -284,47 +164,6 @@ class Plan:
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Space:
-    """Where rows and columns lie: three axes always (z, y, x), images, heads."""
-
-    axes: tuple[Axis, Axis, Axis]
-    batch: int
-    heads: int
-    kv_heads: int
-    itemsize: int
-    has_rpb: bool
-
-    @staticmethod
-    def of(
-        spatial: tuple[int, ...],
-        window: Window,
-        batch: int,
-        heads: int,
-        kv_heads: int,
-        dtype: torch.dtype,
-        has_rpb: bool,
-    ) -> Space:
-        columns = (spatial, window.kernel_size, window.dilation, window.stride, window.is_causal)
-        padded = [three_axes(values, missing) for values, missing in zip(columns, (1, 1, 1, 1, False), strict=True)]
-        axes = tuple(Axis(*values) for values in zip(*padded, strict=True))
-        return Space(axes, batch, heads, kv_heads, dtype.itemsize, has_rpb)
-
-
-def window_constants(window: Window) -> dict[str, object]:
-    """The constants of csrc/include/problem_constants.cuh."""
-    return window_defines(window)
-
-
-def table_bytes(space: Space, row_tile: tuple[int, int, int], warps: tuple[int, int, int], box_x: int) -> int:
-    """Of ``StartTable`` in csrc/fused/start.cuh."""
-    lines = math.prod(2 * axis.kernel_size - 1 for axis in space.axes[:2]) if space.has_rpb else 1
-    line = box_x // 8 * row_tile[2] * warps[2] * 32
-    if row_tile[2] < 4:
-        line += (row_tile[2] * 32 + 128 - line % 128) % 128
-    return (lines + 1) * line
-
-
 def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
     """Extents that are powers of two with product 16, none beyond twice the axis it lies on."""
     longest = [axis.group_lengths[0] for axis in space.axes]
@@ -349,8 +188,8 @@ def _warp_boxes(space: Space, row_tile: tuple[int, int, int]) -> Iterator[tuple[
 def _boxes(space: Space, demands: Demands, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
     z, y, x = (box_extent(axis, demands.rows_are_keys, tile) for axis, tile in zip(space.axes, row_tile, strict=True))
     if x <= 8:
-        yield z, _ceil(y, 2), 8
-    yield z, y, _ceil(x, 16)
+        yield z, round_up(y, 2), 8
+    yield z, y, round_up(x, 16)
 
 
 def candidates(space: Space, demands: Demands, device: Device) -> Iterator[Plan]:
@@ -368,8 +207,7 @@ def _staged(space, demands, device, row_tile, box, warps) -> Iterator[Plan]:
         for axis, tile, count in zip(space.axes, row_tile, warps, strict=True)
     ]
     halo = [offset + extent for offset, extent in zip(offsets, box, strict=True)]
-    line_multiple = _line_multiple(demands.columns, space.itemsize)
-    halo[2] = _ceil(halo[2], line_multiple)
+    halo[2] = round_up(halo[2], line_multiple(demands.columns, space.itemsize))
     table = table_bytes(space, row_tile, warps, box[2])
     lines = box[0] * box[1]
     has_table = int(table <= _TABLE_BYTES)
@@ -406,7 +244,7 @@ def _in_lines(space, demands, device, row_tile, warps, box, halo, step_groups, h
     if box[2] > columns or (box[2] == 8 and not has_table):
         return
     per_token = sum(row_pitch(dim, space.itemsize) for dim in demands.columns) + demands.column_bytes
-    lines = min(columns // box[2], _ceil(box[1], 2 if box[2] == 8 else 1))
+    lines = min(columns // box[2], round_up(box[1], 2 if box[2] == 8 else 1))
     step = (1, lines, box[2])
     for steps in range(1, 9):
         chunk = (1, lines * steps, halo[2])
@@ -425,13 +263,13 @@ def _finished(
     warp_count = math.prod(warps)
     if 32 * warp_count < max(demands.columns) * space.itemsize // 16:
         return
-    stage = _ceil(math.prod(chunk) * per_token, 128) + warp_count * demands.row_buffer(space.itemsize)
+    stage = round_up(math.prod(chunk) * per_token, 128) + warp_count * demands.row_buffer(space.itemsize)
     table = 0
     if start_table:
         table = classes.bytes(row_tile, warps, box) if classes else table_bytes(space, row_tile, warps, box[2])
     elif space.has_rpb:
         bias = 4 * math.prod(2 * axis.kernel_size - 1 for axis in space.axes)
-        table = _ceil(bias, 16) if bias <= _STAGED_BIAS_BYTES else 0
+        table = round_up(bias, 16) if bias <= _STAGED_BIAS_BYTES else 0
     groups = math.prod(step) // 16
     # Pointers into the table, one a line and half, that the compiler keeps from image to image.
     pointers = 2 * math.prod(step[:2]) if start_table == 1 and resident else 0
@@ -445,7 +283,7 @@ def _finished(
         shared = stages * stage + table
         if shared > per_block:
             break
-        by_registers = _REGISTERS // (32 * warp_count * _ceil(registers, 8))
+        by_registers = _REGISTERS // (32 * warp_count * round_up(registers, 8))
         by_shared = per_sm // (shared + _RESERVED_BYTES)
         min_blocks = min(by_registers, by_shared, 48 // warp_count, 16)
         if min_blocks < 1:
@@ -464,7 +302,7 @@ def _finished(
             if chunked_x:
                 # Groups outside the box are skipped.
                 computed = math.prod(box[:2]) * (-(-box[2] // 16) + 1)
-            fetched = math.prod(_ceil(extent, c) for extent, c in zip(halo, chunk, strict=True))
+            fetched = math.prod(round_up(extent, c) for extent, c in zip(halo, chunk, strict=True))
         # Cycles of a multiprocessor for one image of all its blocks. Fitted to 131 measured plans (an H200, 9 layers,
         # 9 % off in the mean) is what a tile, a group of 16 columns and a chunk cost a warp, which four schedulers
         # share; that one block computes in step, that one stage waits for what it fetches and that a third does not
