@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +139,18 @@ def test_mistakes_are_errors_with_a_place(name, message):
     with pytest.raises(EmulationError, match=message):
         _reverse(name)
     assert (_reverse("correct") == np.arange(128)).all()
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+def test_whoever_leaves_a_guarded_tensor_is_killed(at_end):
+    code = f"""
+import ctypes, torch
+from tests.emulator.guarded import guarded_like
+x = guarded_like(torch.arange(40.0), at_end={at_end})
+at = x.data_ptr()
+assert ctypes.c_float.from_address(at).value == 0 and ctypes.c_float.from_address(at + 4 * 39).value == 39
+print("inside", flush=True)
+ctypes.c_float.from_address({"at + 4 * 40" if at_end else "at - 4"}).value
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=KERNELS.parents[2])
+    assert result.stdout == "inside\n" and result.returncode == -signal.SIGSEGV, result.stderr

@@ -12,6 +12,7 @@ from natrain.ops import gemm, naive, reference, registry
 from natrain.ops.gemm_plan import choose_gemm_tiling
 from natrain.ops.problem import Window
 from tests.emulator.fixture import emulated
+from tests.emulator.guarded import guarded_like
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, Case
 from tests.ops.judge import Inputs
@@ -118,3 +119,23 @@ def test_nan_reaches_only_rows_whose_window_holds_it(dtype, on_the_cpu):
         results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
     for mine, other in zip(*results, strict=True):
         assert not other.isfinite().all() and torch.equal(mine.isfinite(), other.isfinite())
+
+
+@pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
+@pytest.mark.parametrize("case", [LONG, *CASES[1:10:2]], ids=str)
+def test_nothing_outside_a_tensor_is_touched(case, at_end, on_the_cpu):
+    """The three products on tensors between pages that kill whoever touches them."""
+    kernel, window = registry.get_kernel("gemm"), Window(**case.window)
+    q, k, v, rpb = (None if x is None else x.detach() for x in case.tensors(torch.float16))
+    q, k, v = (guarded_like(x, at_end=at_end) for x in (q, k, v))
+    rpb = None if rpb is None else guarded_like(rpb.float(), at_end=at_end)
+    weights = guarded_like(kernel.empty_probs(q, window).zero_(), at_end=at_end)
+    out = guarded_like(torch.zeros_like(q), at_end=at_end)
+    kernel.write_scores(window, q, k, rpb, 1.0, -4.0, weights)
+    expected = reference.qk(q, k, None if rpb is None else rpb.half(), window, 1.0).masked_fill_(
+        reference.qk(q, k, None, window, 1.0) == -float("inf"), -4.0
+    )
+    torch.testing.assert_close(weights[..., : window.num_neighbors], expected, rtol=1e-2, atol=5e-2)
+    for primitive in ("av", "inverse"):
+        kernel.write_sums(primitive, window, weights, v, out, 1.0)
+        assert out.isfinite().all() and out.any()
