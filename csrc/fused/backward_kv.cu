@@ -74,7 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     if (!tile.is_active) continue;
 
     if (place.is_first()) {
-      k.load(shared, rows_at, scale.keep, scale.flip);
+      k.load(shared, rows_at, scale.flip);
       v.load(shared, rows_at + ROWS_1_BYTES);
       if (place.member == 0) {
 #pragma unroll

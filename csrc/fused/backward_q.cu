@@ -116,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     if (!tile.is_active) continue;
 
     if (place.is_first()) {
-      q.load(shared, rows_at, scale.keep, scale.flip);
+      q.load(shared, rows_at, scale.flip);
       d_out.load(shared, rows_at + ROWS_1_BYTES);
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; ++i) d_q[i / 4][i % 4] = 0;

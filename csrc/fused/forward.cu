@@ -298,7 +298,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     if (RESIDENT) {
       const unsigned columns = next_stage();
       if (!tile.is_active) continue;
-      q.load(shared, rows_at, scale.keep, scale.flip);
+      q.load(shared, rows_at, scale.flip);
       const Place at = place_of(columns, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
       state.reset(WIDE_RANGE<Element> ? 0 : LOWEST);
       if (!WIDE_RANGE<Element>) {
@@ -323,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
           for (int y0 = 0; tile.halo_first[1] + y0 < tile.halo_end[1]; y0 += chunk(1))
             for (int x0 = 0; tile.halo_first[2] + x0 < tile.halo_end[2]; x0 += chunk(2)) {
               const unsigned columns = next_stage();
-              if (is_first) q.load(shared, rows_at, scale.keep, scale.flip);
+              if (is_first) q.load(shared, rows_at, scale.flip);
               is_first = false;
               if (!tile.is_active) continue;
               if (CHUNKED_X && (x0 + chunk(2) <= tile.box_first[2] || x0 >= tile.box_end[2])) continue;

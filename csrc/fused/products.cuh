@@ -63,7 +63,7 @@ class Rows {
   static constexpr bool HELD = 4 * STEPS <= 48;
   unsigned held[HELD ? STEPS : 1][4];
   unsigned address;
-  unsigned keep, flip;
+  unsigned flip;
 
   __device__ __forceinline__ void read(int step, unsigned (&a)[4]) const {
     const unsigned from = at_piece<DIM>(address, 2 * step);
@@ -75,15 +75,15 @@ class Rows {
       a[0] = half[0], a[1] = half[1], a[2] = a[3] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[i] = (a[i] & keep) ^ flip;
+    for (int i = 0; i < 4; ++i) a[i] ^= flip;
   }
 
  public:
-  // `offset`: of row 0. Every word is masked by `keep_bits`, then its `flip_bits` flipped: the factor 0, 1 or -1.
-  __device__ __forceinline__ void load(const Shared& shared, unsigned offset, unsigned keep_bits = ~0u, unsigned flip_bits = 0) {
+  // `offset`: of row 0. `flip_bits` of every word are flipped: a factor of -1 where they are the signs.
+  __device__ __forceinline__ void load(const Shared& shared, unsigned offset, unsigned flip_bits = 0) {
     const int lane = threadIdx.x % 32, row = lane % 16;
     address = shared.address + offset + RowFormat<DIM>::at(row, lane / 16);
-    keep = keep_bits, flip = flip_bits;
+    flip = flip_bits;
     if constexpr (HELD) {
 #pragma unroll
       for (int step = 0; step < STEPS; ++step) read(step, held[step]);

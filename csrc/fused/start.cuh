@@ -30,7 +30,6 @@ constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 struct Scale {
   float exponent, per_scale;
   unsigned flip;  // of the words of q
-  static constexpr unsigned keep = ~0u;
 
   __device__ __forceinline__ explicit Scale(float scale) {
     const float magnitude = fmaxf(fabsf(scale), 1e-20f);
