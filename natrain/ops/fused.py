@@ -228,7 +228,8 @@ class FusedCuda(FusedKernel):
 
     def extra_reasons(self, problem: Problem) -> list[str]:
         reasons = cuda.reasons_against(problem.capability)
-        if reasons or not problem.batch or not problem.heads:
+        # Symbolic sizes cannot be planned for; the launch will be, of the sizes that come.
+        if reasons or problem.is_symbolic or not problem.batch or not problem.heads:
             return reasons
         device = Device(problem.capability) if problem.capability else Device()
         try:

@@ -133,3 +133,22 @@ def test_nothing_to_do():
         out = natrain.na2d(empty, empty, empty, 3, rpb=rpb, kernel="fused")
         d_empty, d_rpb = torch.autograd.grad(out.sum(), (empty, rpb))
     assert d_empty.shape == empty.shape and not d_rpb.any()
+
+
+def test_compiles_into_one_graph_of_any_size():
+    """torch.compile with symbolic sizes: one graph serves several batches and sides."""
+
+    def attend(q, k, v):
+        return natrain.na2d(q, k, v, 3, kernel="fused")
+
+    with emulated(get_kernel("fused")):
+        compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+        for batch, side in ((2, 6), (3, 9)):
+            tensors = [torch.randn(batch, side, side + 1, 2, 16, requires_grad=True) for _ in range(3)]
+            d_out = torch.randn(batch, side, side + 1, 2, 16)
+            results = []
+            for function in (attend, compiled):
+                out = function(*tensors)
+                results.append([out, *torch.autograd.grad(out, tensors, d_out)])
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
