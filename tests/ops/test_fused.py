@@ -165,7 +165,7 @@ def test_dropout_draws_the_documented_mask(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_packed_projection_is_read_in_place(dtype):
-    """One packed gradient, equal to the unpacked form's; forward and backward allocate results, lse and delta only."""
+    """One packed gradient, equal to the unpacked form's; forward and backward allocate results, lse, and lse with delta."""
     qkv = torch.randn(8, 28, 28, 3, 4, 32, device="cuda", dtype=dtype, requires_grad=True)
     d_out = torch.randn(8, 28, 28, 4, 32, device="cuda", dtype=dtype)
     (packed,) = torch.autograd.grad(natrain.na2d_qkvpacked(qkv, 7, kernel="fused"), qkv, d_out)
@@ -182,8 +182,8 @@ def test_packed_projection_is_read_in_place(dtype):
     out_and_lse = rows * (32 * dtype.itemsize + 4)
     assert torch.cuda.max_memory_allocated() - before <= out_and_lse + slack
     torch.autograd.grad(out, qkv, d_out)
-    gradient_and_delta = rows * (3 * 32 * dtype.itemsize + 4)
-    assert torch.cuda.max_memory_allocated() - before <= out_and_lse + gradient_and_delta + slack
+    gradient_and_statistics = rows * (3 * 32 * dtype.itemsize + 8)
+    assert torch.cuda.max_memory_allocated() - before <= out_and_lse + gradient_and_statistics + slack
 
 
 def test_strided_and_expanded_tensors():
@@ -331,7 +331,7 @@ def test_autocast_casts_q_k_v_and_keeps_the_bias():
     ids=["1-D", "2-D", "3-D"],
 )
 def test_memory_is_linear_in_tokens_and_independent_of_the_window(spatial, small, large):
-    """Forward: out and lse. Backward: three gradients, delta, and a workspace below one of them."""
+    """Forward: out and lse. Backward: three gradients, 8 bytes a query and head, and nothing near a fourth."""
     rows = math.prod(spatial) * 2
     tensor, statistics = rows * 32 * 2, rows * 4
     qkv = torch.randn(1, *spatial, 3, 2, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
