@@ -289,7 +289,9 @@ class FusedCuda(FusedKernel):
         tensors = (q, k, v)
         if not all(map(_is_readable, tensors)):
             return None
-        offset = offset_type(*map(Layout.of, tensors))
+        # out has no gaps, and may be wider than any of them.
+        out = Layout(0, (0, 0, 0), 0, problem.num_tokens * problem.heads * problem.value_dim)
+        offset = offset_type(*map(Layout.of, tensors), out)
         part = forward_part(problem, _constants(problem, offset), _device(device))
         return (_Launch.of(part, tensors, device),), 0
 
