@@ -122,7 +122,7 @@ def test_nan_reaches_only_rows_whose_window_holds_it(dtype, on_the_cpu):
 
 
 @pytest.mark.parametrize("at_end", [True, False], ids=["end", "begin"])
-@pytest.mark.parametrize("case", [LONG, *CASES[1:10:2]], ids=str)
+@pytest.mark.parametrize("case", [LONG, CASES[3], CASES[9]], ids=str)
 def test_nothing_outside_a_tensor_is_touched(case, at_end, on_the_cpu):
     """The three products on tensors between pages that kill whoever touches them."""
     kernel, window = registry.get_kernel("gemm"), Window(**case.window)
