@@ -165,7 +165,7 @@ def test_dropout_draws_the_documented_mask(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_packed_projection_is_read_in_place(dtype):
-    """One packed gradient, equal to the unpacked form's; forward and backward allocate results, lse, and lse with delta."""
+    """One packed gradient, equal to the unpacked form's; results, lse, and lse with delta are all that is allocated."""
     qkv = torch.randn(8, 28, 28, 3, 4, 32, device="cuda", dtype=dtype, requires_grad=True)
     d_out = torch.randn(8, 28, 28, 4, 32, device="cuda", dtype=dtype)
     (packed,) = torch.autograd.grad(natrain.na2d_qkvpacked(qkv, 7, kernel="fused"), qkv, d_out)

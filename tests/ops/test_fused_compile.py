@@ -94,11 +94,11 @@ def resources(spec, folder) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_common_kernels_spill_next_to_nothing(stage, tmp_path):
-    """Forward: nothing. Backward: at most eight registers, pointers used once an image; its sums fill the others,
-    and a limit that spared them would cost a quarter of the warps."""
+    """Forward at most a pointer, backward at most eight registers, which are used once an image: sums and fragments fill
+    the others, and a limit that spared these would cost a quarter of the warps."""
     for spec in specs(problem_of(*STAGES[stage]), "sm_90a"):
         spilled = int(re.search(r"(\d+) bytes spill stores", resources(spec, tmp_path))[1])
-        assert spilled <= (0 if spec.name == "natrain_fused_forward" else 32), spec.name
+        assert spilled <= (8 if spec.name == "natrain_fused_forward" else 32), spec.name
 
 
 def test_a_wide_gradient_is_two_launches():
