@@ -94,7 +94,7 @@ def resources(spec, folder) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_common_kernels_spill_next_to_nothing(stage, tmp_path):
-    """Forward at most a pointer, backward at most eight registers, which are used once an image: sums and fragments fill
+    """Forward at most a pointer, backward eight registers, which are used once an image: sums and fragments fill
     the others, and a limit that spared these would cost a quarter of the warps."""
     for spec in specs(problem_of(*STAGES[stage]), "sm_90a"):
         spilled = int(re.search(r"(\d+) bytes spill stores", resources(spec, tmp_path))[1])
