@@ -177,7 +177,8 @@ class SumColumns {
 #pragma unroll
         for (int block = 0; block < BLOCKS; ++block) {
           const unsigned char* at = pointer + bytes + i * SECOND_BLOCK<DIM> + block * 32;
-          const unsigned b[2] = {*reinterpret_cast<const unsigned*>(at), *reinterpret_cast<const unsigned*>(at + Format::PITCH)};
+          const unsigned b[2] = {*reinterpret_cast<const unsigned*>(at),
+                                 *reinterpret_cast<const unsigned*>(at + Format::PITCH)};
           Multiply<Element>::add(sums[block], a, b);
         }
       }
