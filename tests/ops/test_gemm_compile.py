@@ -28,6 +28,7 @@ PROBLEMS = {
         1, (1500, 1500), 16, 64, Window((63, 63), (1, 1), (1, 1), (False, False)), torch.float16, "cuda", (9, 0)
     ),
 }
+FIRST = {("NAT-Tiny, float16", "sm_90a"), ("3-D, causal, bfloat16", "sm_80")}
 
 
 def specs(problem: Problem, arch: str):
@@ -53,17 +54,27 @@ def compiler(request, monkeypatch):
     cuda.find_nvcc.cache_clear()
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_every_primitive_compiles(problem, arch, compiler):
-    built = specs(problem, arch)
+# A compile costs seconds of a small machine: each template once there, everything where there is a GPU.
+@pytest.mark.parametrize("compiler", ["nvcc", pytest.param("nvrtc", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        pytest.param(name, arch, marks=() if (name, arch) in FIRST else pytest.mark.gpu)
+        for name in PROBLEMS
+        for arch in ("sm_80", "sm_90a")
+    ],
+)
+def test_every_primitive_compiles(name, arch, compiler):
+    built = specs(PROBLEMS[name], arch)
     names = {spec.name for spec in built}
     assert names == {f"natrain_gemm_{primitive}" for primitive in ("qk", "av", "inverse")}
     for spec, cubin in zip(built, cuda.build_all(built), strict=True):
         assert spec.name.encode() in cubin.read_bytes()
 
 
-@pytest.mark.parametrize("problem", list(PROBLEMS.values())[:2], ids=list(PROBLEMS)[:2])
+@pytest.mark.parametrize(
+    "problem", [TINY, pytest.param(replace(TINY, dtype=torch.float32), marks=pytest.mark.gpu)], ids=["fp16", "fp32"]
+)
 def test_the_common_kernels_spill_no_register(problem, tmp_path):
     nvcc = cuda.find_nvcc()
     if nvcc is None:
