@@ -35,8 +35,8 @@ constexpr bool HAS_DROPOUT = NATRAIN_HAS_DROPOUT, HAS_KEY_MASK = NATRAIN_HAS_KEY
 constexpr bool IS_GROUPED = NATRAIN_IS_GROUPED;
 __device__ __forceinline__ int heads_per_kv(const Geometry& g) { return IS_GROUPED ? g.heads_per_kv : 1; }
 // A stage: columns of k and v (q and d_out), their statistics where they are queries.
-constexpr int COLUMNS_1_BYTES = CHUNK_TOKENS * RowFormat<HEAD_DIM>::PITCH;
-constexpr int COLUMNS_2_BYTES = CHUNK_TOKENS * RowFormat<VALUE_DIM>::PITCH;
+constexpr int COLUMNS_1_BYTES = columns_bytes<HEAD_DIM>();
+constexpr int COLUMNS_2_BYTES = columns_bytes<VALUE_DIM>();
 constexpr int STATISTICS_BYTES = ROWS_ARE_KEYS ? CHUNK_TOKENS * 8 : 0;
 constexpr int STAGE_BYTES = (COLUMNS_1_BYTES + COLUMNS_2_BYTES + STATISTICS_BYTES + 127) / 128 * 128;
 // A warp's rows of q, d_out and out (k and v), as many times as there are stages; its gradients leave through them.

@@ -23,11 +23,11 @@ struct Arguments {
 
 constexpr int STAGES = NATRAIN_STAGES;
 // A stage: columns of k, columns of v, each warp's rows of q, in whose place its output goes.
-constexpr int K_BYTES = CHUNK_TOKENS * RowFormat<HEAD_DIM>::PITCH;
-constexpr int V_BYTES = CHUNK_TOKENS * RowFormat<VALUE_DIM>::PITCH;
+constexpr int K_BYTES = columns_bytes<HEAD_DIM>();
+constexpr int V_BYTES = columns_bytes<VALUE_DIM>();
 constexpr int Q_BYTES = 16 * RowFormat<HEAD_DIM>::PITCH, OUT_BYTES = 16 * RowFormat<VALUE_DIM>::PITCH;
 constexpr int ROWS_BYTES = Q_BYTES > OUT_BYTES ? Q_BYTES : OUT_BYTES;
-constexpr int COLUMN_BYTES = (K_BYTES + V_BYTES + 127) / 128 * 128;
+constexpr int COLUMN_BYTES = K_BYTES + V_BYTES;
 constexpr int SHARED_BYTES = STAGES * (COLUMN_BYTES + WARPS * ROWS_BYTES) + StartTable::BYTES;
 static_assert(SHARED_BYTES <= NATRAIN_SHARED_BYTES);
 

@@ -26,6 +26,12 @@ struct RowFormat {
   }
 };
 
+// Of the columns of a chunk; what follows begins at a multiple of 128 bytes, as permuted pieces must.
+template <int DIM>
+constexpr int columns_bytes() {
+  return (CHUNK_TOKENS * RowFormat<DIM>::PITCH + 127) / 128 * 128;
+}
+
 // The columns of one stage, positions `first` .. first + chunk - 1 of the group; zeros past its end.
 template <int DIM>
 __device__ __forceinline__ void fetch_columns(unsigned shared, const Element* origin, const Step& stride, const Tile& tile,

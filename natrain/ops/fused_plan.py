@@ -6,7 +6,7 @@ v): ``Demands`` says what a kernel keeps in shared memory and registers. A plan 
 is legal, and a model of cost.
 
 Shared memory of a block, from its start: ``stages`` times the columns of a chunk (one matrix of rows a dim of
-``Demands.columns``, one after the other, then ``column_bytes`` a token, in all padded to 128 bytes), ``stages`` times a
+``Demands.columns``, one after the other, then ``column_bytes`` a token, each padded to 128 bytes), ``stages`` times a
 buffer of ``Demands.row_buffer`` bytes a warp, the table of start values (csrc/fused/start.cuh).
 
 The launch: ``plan.grid`` blocks of ``plan.threads`` threads with ``plan.shared_bytes``; every argument struct begins
@@ -259,11 +259,12 @@ def _finished(
     space, demands, device, row_tile, warps, box, chunk, step, resident, chunked_x, start_table, offsets, classes=None
 ) -> Iterator[Plan]:
     per_sm, per_block = shared_capacity(device.capability)
-    per_token = sum(row_pitch(dim, space.itemsize) for dim in demands.columns) + demands.column_bytes
     warp_count = math.prod(warps)
     if 32 * warp_count < max(demands.columns) * space.itemsize // 16:
         return
-    stage = round_up(math.prod(chunk) * per_token, 128) + warp_count * demands.row_buffer(space.itemsize)
+    matrices = [row_pitch(dim, space.itemsize) for dim in demands.columns] + [demands.column_bytes]
+    stage = sum(round_up(math.prod(chunk) * pitch, 128) for pitch in matrices)
+    stage += warp_count * demands.row_buffer(space.itemsize)
     table = 0
     if start_table:
         table = classes.bytes(row_tile, warps, box) if classes else table_bytes(space, row_tile, warps, box[2])

@@ -1,4 +1,5 @@
-"""Scores of any size through the fused forward, which subtracts no maximum until it must; emulated.
+"""Scores of any size, and rows of several formats, through the fused forward; emulated. No maximum is subtracted until
+one must be.
 
 Small scores take the fast way, large ones the second, careful pass: of a warp where the halo is resident, of the whole
 block where it comes in chunks (then the images after it, whose fetch had begun, are right too).
@@ -56,3 +57,17 @@ def test_infinity_and_nan_reach_no_other_image(spatial, kernel_size, dtype):
         dirty = function(q, k, v, kernel_size, kernel="fused")
     assert dirty[1].isnan().all()
     assert torch.equal(dirty[::2], clean[::2])
+
+
+@pytest.mark.parametrize("head_dim, value_dim", [(96, 64), (24, 32), (72, 16)])
+@pytest.mark.parametrize("spatial", [(4, 17), (5, 13), (3, 9)])
+def test_rows_of_two_formats_in_one_stage(spatial, head_dim, value_dim):
+    """Keys are padded, values permuted, which needs them to begin at a multiple of 128 bytes."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, *spatial, 1, head_dim, generator=generator).bfloat16().unbind()
+    v = torch.randn(1, *spatial, 1, value_dim, generator=generator).bfloat16()
+    with emulated(get_kernel("fused")):
+        out = natrain.na2d(q, k, v, (3, 2), (1, 2), kernel="fused")
+    window = {"kernel_size": (3, 2), "dilation": (1, 2), "stride": (1, 1), "is_causal": (False, False)}
+    truth, _ = oracle.dense_attention(q.double(), k.double(), v.double(), None, window, head_dim**-0.5)
+    assert (out.double() - truth).abs().max() < 0.02
