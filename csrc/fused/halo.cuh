@@ -28,7 +28,7 @@ struct RowFormat {
 
 // Of the columns of a chunk; what follows begins at a multiple of 128 bytes, as permuted pieces must.
 template <int DIM>
-constexpr int columns_bytes() {
+__device__ constexpr int columns_bytes() {
   return (CHUNK_TOKENS * RowFormat<DIM>::PITCH + 127) / 128 * 128;
 }
 

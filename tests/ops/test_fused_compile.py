@@ -59,26 +59,37 @@ def compiler(request, monkeypatch):
     cuda.find_nvcc.cache_clear()
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+# A compile costs seconds of a small machine: a representative set there, everything where there is a GPU.
+@pytest.mark.parametrize(
+    ("compiler", "arch"),
+    [
+        ("nvcc", "sm_80"),
+        ("nvrtc", "sm_90a"),
+        pytest.param("nvrtc", "sm_80", marks=pytest.mark.gpu),
+        pytest.param("nvcc", "sm_90a", marks=pytest.mark.gpu),
+    ],
+    indirect=["compiler"],
+)
 def test_a_training_step_compiles_ahead_without_a_gpu(arch, compiler):
     built = [build(spec) for spec in specs(problem_of((14, 14), 8), arch)]
     for entry, cubin in zip(("forward", "backward_q", "backward_kv"), built, strict=True):
         assert f"natrain_fused_{entry}".encode() in cubin.read_bytes()
 
 
+FEATURES = [
+    problem_of((14, 14), 4, dtype=torch.float16, kv_heads=2, value_dim=64, has_key_mask=True, has_dropout=True),
+    problem_of((14, 14), 4, dtype=torch.float32, head_dim=40, has_dropout=True),
+    problem_of((300,), 2, window=Window((255,), (1,), (3,), (True,))),
+    problem_of((12, 16, 16), 2, dtype=torch.float32, window=CAUSAL_3D),
+    problem_of((28, 28), 1, head_dim=256),
+    problem_of((28, 28), 1, dtype=torch.float32, head_dim=256, has_rpb=False),
+    problem_of((1024, 1024), 64, head_dim=128),  # offsets beyond 2^31 elements
+]
+
+
 @pytest.mark.parametrize(
-    "problem",
-    [
-        problem_of((14, 14), 4, dtype=torch.float16, kv_heads=2, value_dim=64, has_key_mask=True, has_dropout=True),
-        problem_of((14, 14), 4, dtype=torch.float32, head_dim=40, has_dropout=True),
-        problem_of((300,), 2, window=Window((255,), (1,), (3,), (True,))),
-        problem_of((12, 16, 16), 2, dtype=torch.float32, window=CAUSAL_3D),
-        problem_of((28, 28), 1, head_dim=256),
-        problem_of((28, 28), 1, dtype=torch.float32, head_dim=256, has_rpb=False),
-        problem_of((1024, 1024), 64, head_dim=128),  # offsets beyond 2^31 elements
-    ],
-    ids=str,
-)  # fmt: skip
+    "problem", [FEATURES[0], *(pytest.param(p, marks=pytest.mark.gpu) for p in FEATURES[1:])], ids=str
+)
 def test_every_feature_compiles(problem):
     cuda.build_all(specs(problem, "sm_80"))
 
@@ -92,7 +103,9 @@ def resources(spec, folder) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage", ["56", "14", "7", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("28", "56 dilated"))]
+)
 def test_the_common_kernels_spill_next_to_nothing(stage, tmp_path):
     """Forward at most a pointer, backward eight registers, which are used once an image: sums and fragments fill
     the others, and a limit that spared these would cost a quarter of the warps."""
