@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natrain.jit import cuda, nvrtc
+from natrain.jit import cuda
 from natrain.jit.build import build
 from natrain.ops import fused
 from natrain.ops.problem import Problem, Window
@@ -20,6 +20,7 @@ from tests.ops import judge
 from tests.ops.grid import Case
 from tests.ops.judge import Inputs
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 NAT = Window((7, 7), (1, 1), (1, 1), (False, False))
 CAUSAL_3D = Window((5, 7, 7), (1, 1, 1), (1, 2, 1), (True, False, False))
 STAGES = {  # NAT-Tiny at 224 pixels, and DiNAT's first layer
@@ -39,24 +40,6 @@ def problem_of(spatial, heads, dilation=1, dtype=torch.bfloat16, head_dim=32, wi
 
 def specs(problem: Problem, arch: str):
     return get_kernel("fused").build_specs(problem, arch)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
-
-
-@pytest.fixture(params=["nvcc", "nvrtc"])
-def compiler(request, monkeypatch):
-    cuda.find_nvcc.cache_clear()
-    if request.param == "nvrtc":
-        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
-        if not nvrtc.is_available():
-            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
-    elif cuda.find_nvcc() is None:
-        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
-    yield request.param
-    cuda.find_nvcc.cache_clear()
 
 
 # A compile costs seconds of a small machine: a representative set there, everything where there is a GPU.

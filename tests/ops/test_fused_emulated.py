@@ -16,17 +16,11 @@ from tests.ops import judge
 from tests.ops.grid import CHOSEN, Case, grid
 from tests.ops.judge import ATOL, Inputs
 
+pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAT = Case(2, (12, 9), 2, 32, (7, 7), (1, 1), (1, 1), (False, False), True)
 GROUPED = Case(2, (7, 9), 4, 24, (3, 5), (2, 1), (1, 1), (False, False), True)
 SEQUENCE = Case(3, (41,), 2, 16, (9,), (2,), (3,), (True,), False)
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def check(case: Case, dtype: torch.dtype, seed: int = 0, **variant) -> None:

@@ -16,27 +16,11 @@ from tests.ops import judge
 from tests.ops.grid import CHOSEN, Case, grid
 from tests.ops.judge import ATOL, Inputs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
 GRID = grid(40)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 NAT = Case(2, (20, 27), 2, 32, (7, 7), (1, 1), (1, 1), (False, False), True)
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def tf32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def check(case: Case, dtype: torch.dtype, atol: float | None = None, **variant) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from natrain.jit import cuda, nvrtc
+from natrain.jit import cuda
 from natrain.ops import gemm, naive
 from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
@@ -17,6 +17,7 @@ from tests.ops import judge
 from tests.ops.grid import Case
 from tests.ops.judge import Inputs
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 NAT = Window((7, 7), (1, 1), (1, 1), (False, False))
 CAUSAL_3D = Window((2, 3, 5), (1, 2, 1), (2, 1, 3), (True, False, False))
 TINY = Problem(128, (56, 56), 2, 32, NAT, torch.float16, "cuda", (9, 0), has_rpb=True, needs_grad=True)
@@ -34,24 +35,6 @@ FIRST = {("NAT-Tiny, float16", "sm_90a"), ("3-D, causal, bfloat16", "sm_80")}
 def specs(problem: Problem, arch: str):
     """Of the three products; the rest is naive's."""
     return [spec for spec in get_kernel("gemm").build_specs(problem, arch) if spec.name.startswith("natrain_gemm")]
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
-
-
-@pytest.fixture(params=["nvcc", "nvrtc"])
-def compiler(request, monkeypatch):
-    cuda.find_nvcc.cache_clear()
-    if request.param == "nvrtc":
-        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
-        if not nvrtc.is_available():
-            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
-    elif cuda.find_nvcc() is None:
-        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
-    yield request.param
-    cuda.find_nvcc.cache_clear()
 
 
 # A compile costs seconds of a small machine: each template once there, everything where there is a GPU.

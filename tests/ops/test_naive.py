@@ -18,20 +18,12 @@ from natrain.ops.problem import Window
 from tests.ops import oracle
 from tests.ops.grid import CHOSEN, Case, grid
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
 GRID = grid(40)
 SMALL = [case for case in CHOSEN if math.prod(case.spatial) * case.heads * case.head_dim <= 800]
 # What the sum of a few hundred rounded terms may add to twice the error of the same-dtype reference.
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture(autouse=True)
-def nan_filled_memory():
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _dot(out, lse, d_out, d_lse):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import natrain
-from natrain.jit import cuda, nvrtc
+from natrain.jit import cuda
 from natrain.jit.build import build
 from natrain.ops import naive, naive_specs, registry
 from natrain.ops.problem import Problem, Window
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 PROBLEM_PRIMITIVES = ("qk", "av", "inverse", "rpb_grad")
 ROW_PRIMITIVES = ("softmax", "softmax_grad", "dropout")
 NAT = Window((7, 7), (1, 1), (1, 1), (False, False))
@@ -21,24 +22,6 @@ CAUSAL_3D = Window((2, 3, 5), (1, 2, 1), (2, 1, 3), (True, False, False))
 # A compile costs seconds of a small machine: what one compiler shows, the other repeats where there is a GPU.
 NVCC_FIRST = pytest.mark.parametrize("compiler", ["nvcc", pytest.param("nvrtc", marks=pytest.mark.gpu)], indirect=True)
 NVRTC_FIRST = pytest.mark.parametrize("compiler", ["nvrtc", pytest.param("nvcc", marks=pytest.mark.gpu)], indirect=True)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
-
-
-@pytest.fixture(params=["nvcc", "nvrtc"])
-def compiler(request, monkeypatch):
-    cuda.find_nvcc.cache_clear()
-    if request.param == "nvrtc":
-        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
-        if not nvrtc.is_available():
-            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
-    elif cuda.find_nvcc() is None:
-        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
-    yield request.param
-    cuda.find_nvcc.cache_clear()
 
 
 def _spec(primitive: str, arch: str):

@@ -1,0 +1,46 @@
+"""Fixtures of the tests of kernels: memory that shows what nobody wrote, compilers, torch's float32 precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from natrain.jit import cuda, nvrtc
+
+
+@pytest.fixture
+def nan_filled_memory():
+    """Deterministic mode: uninitialised memory holds NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tf32():
+    """float32 products in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """An empty cache of compiled kernels."""
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
+
+
+@pytest.fixture(params=["nvcc", "nvrtc"])
+def compiler(request, monkeypatch):
+    """Each way to compile CUDA; skips what the machine lacks."""
+    cuda.find_nvcc.cache_clear()
+    if request.param == "nvrtc":
+        monkeypatch.setenv("NATRAIN_NVCC", "nvrtc")
+        if not nvrtc.is_available():
+            pytest.skip("no NVRTC: torch's CUDA wheels are not installed")
+    elif cuda.find_nvcc() is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+    yield request.param
+    cuda.find_nvcc.cache_clear()
