@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 
@@ -44,3 +46,18 @@ def compiler(request, monkeypatch):
         pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
     yield request.param
     cuda.find_nvcc.cache_clear()
+
+
+@pytest.fixture
+def ptxas_report(tmp_path):
+    """A function: what ptxas says of a kernel's registers and spills, compiled for sm_90a from its BuildSpec."""
+    nvcc = cuda.find_nvcc()
+    if nvcc is None:
+        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
+
+    def report(spec) -> str:
+        options = [*(f"-I{path}" for path in spec.include_dirs), *(f"-D{k}={v}" for k, v in spec.defines), *spec.flags]
+        command = [nvcc, "-cubin", "-arch=sm_90a", "-Xptxas", "-v", "-o", tmp_path / "k.cubin", *options, *spec.sources]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+    return report

@@ -4,7 +4,6 @@ feature, and the common ones spill no register that is used more than once an im
 from __future__ import annotations
 
 import re
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -77,23 +76,14 @@ def test_every_feature_compiles(problem):
     cuda.build_all(specs(problem, "sm_80"))
 
 
-def resources(spec, folder) -> str:
-    nvcc = cuda.find_nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
-    options = [*(f"-I{path}" for path in spec.include_dirs), *(f"-D{k}={v}" for k, v in spec.defines), *spec.flags]
-    command = [nvcc, "-cubin", "-arch=sm_90a", "-Xptxas", "-v", "-o", folder / "k.cubin", *options, *spec.sources]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
 @pytest.mark.parametrize(
     "stage", ["56", "14", "7", *(pytest.param(name, marks=pytest.mark.gpu) for name in ("28", "56 dilated"))]
 )
-def test_the_common_kernels_spill_next_to_nothing(stage, tmp_path):
+def test_the_common_kernels_spill_next_to_nothing(stage, ptxas_report):
     """Forward at most a pointer, backward eight registers, which are used once an image: sums and fragments fill
     the others, and a limit that spared these would cost a quarter of the warps."""
     for spec in specs(problem_of(*STAGES[stage]), "sm_90a"):
-        spilled = int(re.search(r"(\d+) bytes spill stores", resources(spec, tmp_path))[1])
+        spilled = int(re.search(r"(\d+) bytes spill stores", ptxas_report(spec))[1])
         assert spilled <= (8 if spec.name == "natrain_fused_forward" else 32), spec.name
 
 

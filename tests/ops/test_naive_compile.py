@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -59,15 +58,9 @@ def test_every_template_compiles_for_every_supported_architecture(compiler):
 
 
 @pytest.mark.parametrize("primitive", PROBLEM_PRIMITIVES)
-def test_the_common_kernels_spill_no_register(primitive, tmp_path):
+def test_the_common_kernels_spill_no_register(primitive, ptxas_report):
     """head_dim 32, kernel 7, float16, as nvcc's resource report says it."""
-    nvcc = cuda.find_nvcc()
-    if nvcc is None:
-        pytest.skip("no nvcc: neither CUDA_HOME, PATH nor pip's packages have one")
-    spec = _spec(primitive, "sm_90a")
-    options = [*(f"-I{folder}" for folder in spec.include_dirs), *(f"-D{k}={v}" for k, v in spec.defines), *spec.flags]
-    command = [nvcc, "-cubin", "-arch=sm_90a", "-Xptxas", "-v", "-o", tmp_path / "k.cubin", *options, *spec.sources]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    report = ptxas_report(_spec(primitive, "sm_90a"))
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in report
 
 
