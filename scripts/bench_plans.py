@@ -14,34 +14,41 @@ from __future__ import annotations
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from unittest import mock
 
 import torch
 
 from natrain.bench import layers
 from natrain.bench.measure import captured, measure
+from natrain.jit import cuda
 from natrain.ops import fused
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan
 from natrain.ops.problem import Problem, Window
+from natrain.ops.registry import get_kernel
 
 KERNELS = ("forward", "backward_q", "backward_kv")
+
+
+def problem_of(layer: layers.Layer, dtype: torch.dtype, has_rpb: bool) -> Problem:
+    rank = len(layer.spatial)
+    window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
+    shape = layer.batch, layer.spatial, layer.heads, layer.head_dim
+    return Problem(*shape, window, dtype, "cuda", has_rpb=has_rpb, needs_grad=True)
 
 
 def plans(
     layer: layers.Layer, dtype: torch.dtype, has_rpb: bool, device: Device, most: int, kernel: str = "forward"
 ) -> list[Plan]:
     """The choice first, then others by cost."""
-    rank = len(layer.spatial)
-    window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
+    problem = problem_of(layer, dtype, has_rpb)
+    window = problem.window
     space = Space.of(layer.spatial, window, layer.batch, layer.heads, layer.heads, dtype, has_rpb)
     if kernel == "forward":
         demands = Demands.of_forward(layer.head_dim, layer.head_dim, dtype)
         chosen, others = choose_plan(space, demands, device), candidates(space, demands, device)
     else:
-        shape = layer.batch, layer.spatial, layer.heads, layer.head_dim
-        problem = Problem(*shape, window, dtype, "cuda", has_rpb=has_rpb)
         demands = demands_of_q(problem) if kernel == "backward_q" else demands_of_kv(problem, 3)
         entries = math.prod(window.rpb_shape) if has_rpb and kernel == "backward_q" else 0
         chosen = choose_gradient_plan(space, demands, device, entries)
@@ -67,6 +74,18 @@ def taking(kernel: str, plan: Plan):
         return choose_gradient_plan(space, demands, device, bias_entries)
 
     return mock.patch.object(fused, "choose_gradient_plan", choose)
+
+
+def compile_all(kernel: str, found: Iterable[tuple[layers.Layer, list[Plan]]], dtype: torch.dtype, has_rpb: bool):
+    """Every plan's kernel, on every processor at once."""
+    specs = {}
+    arch = cuda.arch_of(torch.cuda.get_device_capability())
+    for layer, layer_plans in found:
+        problem = problem_of(layer, dtype, has_rpb)
+        for plan in layer_plans:
+            with taking(kernel, plan):
+                specs |= {spec.key(): spec for spec in get_kernel("fused").build_specs(problem, arch)}
+    cuda.build_all(specs.values())
 
 
 def timed(
@@ -112,10 +131,14 @@ def main() -> None:
     arguments = parser.parse_args()
     dtype, has_rpb = getattr(torch, arguments.dtype), not arguments.no_rpb
     device = Device() if arguments.list else fused._device(torch.cuda.current_device())
-    for layer in layers.LAYERS:
-        if layer.name not in arguments.layers:
-            continue
-        found = plans(layer, dtype, has_rpb, device, arguments.most, arguments.kernel)
+    wanted = [
+        (layer, plans(layer, dtype, has_rpb, device, arguments.most, arguments.kernel))
+        for layer in layers.LAYERS
+        if layer.name in arguments.layers
+    ]
+    if not arguments.list:
+        compile_all(arguments.kernel, wanted, dtype, has_rpb)
+    for layer, found in wanted:
         print(f"{layer.name} {arguments.kernel} {arguments.dtype} {'with' if has_rpb else 'without'} bias")
         results = [(0.0, plan) for plan in found]
         if not arguments.list:

@@ -31,11 +31,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Scale scale(args.scale);
   Tile of_query = tile;  // the same of a head of q
   of_query.head = tile.head * heads_per_kv(g);
-  StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);
 
   Stream stream(args, tile, shared.address);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) stream.fetch();
+  fill_table(bytes, of_query, args.rpb, scale);
 
   const int lane = threadIdx.x % 32;
   const LaneRows lane_rows(tile);

@@ -72,7 +72,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Geometry& g = args.geometry;
   const Tile tile(g);
   const Scale scale(args.scale);
-  StartTable::fill(bytes + TABLE_AT, tile, bias_of_head(args.rpb, tile), scale.per_scale);
   float* const matrix = reinterpret_cast<float*>(bytes + AFTER_TABLE) + threadIdx.x / 32 * (MATRIX_BYTES / 4);
   float* const tables = reinterpret_cast<float*>(bytes + AFTER_TABLE + WARPS * MATRIX_BYTES);
   float* const table = tables + threadIdx.x / 32 * ENTRIES;
