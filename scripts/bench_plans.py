@@ -12,15 +12,16 @@ timed with the others of backward, which take their own choice.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from unittest import mock
 
 import torch
 
 from natrain.bench import layers
-from natrain.bench.measure import captured, measure
+from natrain.bench.measure import measure
 from natrain.jit import cuda
 from natrain.ops import fused
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
@@ -95,7 +96,7 @@ def timed(
     calls, expected = {}, None
     for index, plan in enumerate(found):
         with taking(kernel, plan):
-            fused._launches.clear()
+            fused._launches = {}
             both = layers.calls(layer, "fused", dtype, has_rpb)
             call = both.forward if kernel == "forward" else both.backward
             with torch.set_grad_enabled(kernel != "forward"):
@@ -105,10 +106,17 @@ def timed(
                 if not all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(results, expected, strict=True)):
                     print(f"WRONG: {plan}")
                     continue
-                # A graph keeps the launch of this plan.
-                calls[str(index)] = captured(call)
-    for timing in measure(calls, runs=15, warm_ups=1).values():
+                calls[str(index)] = functools.partial(_with_launches, fused._launches, call)
+    with torch.set_grad_enabled(kernel != "forward"):
+        timings = measure(calls, runs=15, warm_ups=1, timer="device")
+    for timing in timings.values():
         yield timing.median_ms, found[int(timing.name)]
+
+
+def _with_launches(launches: dict, call: Callable[[], object]) -> None:
+    """``call`` as one plan launches it."""
+    fused._launches = launches
+    call()
 
 
 def describe(plan: Plan) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import natrain
 from natrain.bench.case import Case
+from natrain.bench.measure import on_timing_stream
 from natrain.bench.truth import Inputs
 from natrain.errors import invalid, nearest
 from natrain.jit import BuildSpec
@@ -52,17 +53,14 @@ class Arm(Protocol):
 def backward_of(work: Work) -> Callable[[], tuple[Tensor, ...]]:
     """A call of the backward alone, on what one forward kept.
 
-    Backward runs on the stream of its forward, and only another stream than the default can be captured in a graph.
+    Backward runs on the stream of its forward: the one that is timed.
     """
     inputs, d_out = work.inputs(), work.d_out()
     if d_out.device.type == "cpu":
         out = work.forward()
     else:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with on_timing_stream():
             out = work.forward()
-        torch.cuda.current_stream().wait_stream(stream)
     return lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True)
 
 

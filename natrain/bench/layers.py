@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import natrain
+from natrain.bench.measure import on_timing_stream
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,8 @@ def calls(layer: Layer, kernel: str, dtype: torch.dtype, has_rpb: bool, seed: in
     def forward() -> torch.Tensor:
         return attend(qkv, layer.kernel_size, layer.dilation, rpb=rpb if has_rpb else None, kernel=kernel)
 
-    # Backward runs on the stream of its forward, and only another stream than the default can be captured in a graph.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with on_timing_stream():
         out = forward()
-    torch.cuda.current_stream().wait_stream(stream)
     return Calls(forward, lambda: torch.autograd.grad(out, inputs, d_out, retain_graph=True))
 
 

@@ -1,8 +1,9 @@
 """How every benchmark here takes a time.
 
 On a CUDA device by events around one call, elsewhere by the wall clock; the caches emptied before it (or kept warm when
-asked); inputs that take turns; the contenders interleaved A B A B in one process, so that a drifting clock hits all
-alike; medians with an interval that assumes no distribution; outputs checked before any time counts.
+asked); for the device's time alone the stream is held until the host has enqueued the call, or a CUDA graph is replayed;
+inputs that take turns; the contenders interleaved A B A B in one process, so that a drifting clock hits all alike;
+medians with an interval that assumes no distribution; outputs checked before any time counts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,19 +58,33 @@ def clock_mhz(device: int = 0) -> int | None:
         return None
 
 
+@functools.cache
+def timing_stream(device: int) -> torch.cuda.Stream:
+    """Where everything is timed: backward runs on the stream of its forward, the default one cannot be captured, and
+    another one would be waited for."""
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def on_timing_stream() -> Iterator[None]:
+    """Work in this context runs on ``timing_stream``, in order with the current stream."""
+    stream = timing_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 def captured(function: Callable[[], Any], warm_ups: int = 3) -> Callable[[], None]:
     """``function`` as a CUDA graph: a replay has no gaps between launches, hence the device's time alone.
 
     What comes back keeps ``function`` alive: the graph knows its inputs by address only.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    with on_timing_stream():
         for _ in range(warm_ups):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=timing_stream(torch.cuda.current_device())):
         function()
     return functools.partial(_replay, graph, function)
 
@@ -88,7 +104,7 @@ def measure(
     runs: int = 30,
     warm_ups: int = 3,
     warm_cache: bool = False,
-    graphs: bool = False,
+    timer: str = "events",
     check: Callable[[str, Any], None] | None = None,
     device: str = "cuda",
 ) -> dict[str, Timing]:
@@ -100,7 +116,9 @@ def measure(
         runs: timed calls of each, interleaved.
         warm_ups: untimed calls of each first: compilation, allocation.
         warm_cache: leave what the call before left in the caches.
-        graphs: time replays of a CUDA graph of the call: the device's work alone, without the host's gaps.
+        timer: of a CUDA device: "events", eager calls with the gaps that the host leaves; "device", the device's work
+            alone: the stream is held until the call is enqueued; "graph", replays of a CUDA graph, whose launch counts
+            (5 to 10 us on an H100).
         check: called with (name, output of the first call) before anything is timed; raises if the output is wrong.
         device: "cuda", or "cpu" for the wall clock.
     """
@@ -114,9 +132,10 @@ def measure(
     if device == "cpu":
         times = _wall_times(turns, runs, warm_cache)
     else:
-        if graphs:
+        if timer == "graph":
             turns = {name: tuple(captured(call) for call in calls) for name, calls in turns.items()}
-        times = _event_times(turns, runs, warm_cache)
+        with on_timing_stream():
+            times = _event_times(turns, runs, warm_cache, timer == "device")
     clock = None if device == "cpu" else clock_mhz()
     return {
         name: Timing(name, statistics.median(taken), *median_interval(taken), runs, clock)
@@ -124,8 +143,26 @@ def measure(
     }
 
 
-def _event_times(turns: Mapping[str, Sequence[Call]], runs: int, warm_cache: bool) -> dict[str, list[float]]:
+# Of a multiprocessor, at most: what a held stream counts in.
+_CLOCK_HZ = 2.1e9
+
+
+def _hold_cycles(calls: Sequence[Call]) -> int:
+    """Twice what the host takes to enqueue a call, and a little."""
+    longest = 0.0
+    for call in [*calls] * 2:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        longest = max(longest, time.perf_counter() - started)
+    return int(_CLOCK_HZ * (2 * longest + 50e-6))
+
+
+def _event_times(
+    turns: Mapping[str, Sequence[Call]], runs: int, warm_cache: bool, is_held: bool
+) -> dict[str, list[float]]:
     """Milliseconds between two events around each call."""
+    holds = {name: _hold_cycles(calls) for name, calls in turns.items()} if is_held else {}
     cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device="cuda")
     events: dict[str, list] = {name: [] for name in turns}
@@ -135,6 +172,8 @@ def _event_times(turns: Mapping[str, Sequence[Call]], runs: int, warm_cache: boo
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             if not warm_cache:
                 flush.fill_(1)
+            if is_held:
+                torch.cuda._sleep(holds[name])
             start.record()
             calls[run % len(calls)]()
             end.record()

@@ -360,7 +360,7 @@ def _attention_ms(setting: Mapping[str, Any], kernel: str, mode: str, device: st
         case = Case(
             problem.spatial, problem.batch, problem.heads, problem.head_dim, problem.window, dtype, problem.has_rpb
         )
-        setup = Setup(device, runs=5, cache="warm", timer="graph", seconds=2)
+        setup = Setup(device, runs=5, cache="warm", timer="device", seconds=2)
         for outcome in run_case(case, {KernelArm(kernel): directions}, setup):
             total += count * outcome.timing.median_ms if outcome.timing else float("nan")
     return total

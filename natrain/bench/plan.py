@@ -4,7 +4,7 @@
     baseline: naive                 # what the others are compared with
     directions: [forward, backward]
     runs: 15                        # timed calls of each
-    timer: graph                    # graph | events
+    timer: device                   # device | graph | events: natrain/bench/measure.py
     cache: cold                     # cold | warm
     tf32: true                      # float32 products may use TF32
     seconds: 10                     # most seconds of timed calls of one contender; fewer runs, at least 3, keep it
@@ -30,13 +30,13 @@ from natrain.errors import invalid, nearest
 
 _AUTO_S = 3e-3  # of one call, where the batch is chosen
 _MOST_IMAGES = 1024
-_CHOICES = {"timer": ("graph", "events"), "cache": ("cold", "warm")}
+_CHOICES = {"timer": ("device", "graph", "events"), "cache": ("cold", "warm")}
 _DEFAULTS = {
     "kernels": None,
     "baseline": None,
     "directions": list(DIRECTIONS),
     "runs": 15,
-    "timer": "graph",
+    "timer": "device",
     "cache": "cold",
     "tf32": True,
     "seconds": 10,

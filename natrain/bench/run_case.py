@@ -29,7 +29,7 @@ class Setup:
 
     device: str
     runs: int = 15
-    timer: str = "graph"
+    timer: str = "device"
     cache: str = "cold"
     seconds: float = 10.0
 
@@ -176,7 +176,7 @@ def _time(
         runs=runs,
         warm_ups=2,
         warm_cache=setup.cache == "warm",
-        graphs=setup.device == "cuda" and setup.timer == "graph",
+        timer=setup.timer,
         device=setup.device,
     )
     try:

@@ -117,7 +117,7 @@ kernels: [naive, gemm, fused]
 baseline: naive
 directions: [forward, backward]
 runs: 15  # timed calls of each kernel and direction
-timer: graph  # graph | events: replays of a CUDA graph (the device's time), or eager calls (the caller's)
+timer: device  # device | graph | events: the device's time, that of CUDA graph replays, or the caller's
 cache: cold  # cold | warm: the second-level cache emptied before each call, or not
 tf32: true  # float32 products may use TF32, where a kernel has them
 problems:

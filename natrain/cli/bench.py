@@ -1,8 +1,8 @@
 """Compare kernels on one problem: forward, backward, memory, TFLOP/s, GB/s, share of the floor, error against float64.
 
   natrain bench op=na2d shape=56x56 heads=2 head_dim=32 kernel_size=7 batch=128 dtype=bf16 kernels=naive,flex,sdpa
-Further words: dilation, stride, is_causal, rpb (per axis joined by x: dilation=8x4); device=cuda|cpu; runs; timer=graph
-(the device's time) or events (the caller's, with its gaps); cache=cold or warm.
+Further words: dilation, stride, is_causal, rpb (per axis joined by x: dilation=8x4); device=cuda|cpu; runs;
+timer=device (the device's time), graph (of graph replays) or events (the caller's, with its gaps); cache=cold or warm.
 Contenders besides natrain's kernels: flex (FlexAttention, compiled), sdpa (scaled_dot_product_attention with the
 neighbourhood as mask), dense (attention to everything, another function); natten, natten-naive, natten-gemm and
 natten-BACKEND where NATTEN is installed. One that cannot do it is listed with the reason."""
@@ -13,7 +13,7 @@ import argparse
 
 from natrain.errors import invalid, nearest
 
-SETTINGS = {"kernels": None, "device": None, "runs": "30", "timer": "graph", "cache": "cold"}
+SETTINGS = {"kernels": None, "device": None, "runs": "30", "timer": "device", "cache": "cold"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(settings: dict, device: str) -> None:
-    choices = {"device": ("cpu", "cuda"), "timer": ("graph", "events"), "cache": ("cold", "warm")}
+    choices = {"device": ("cpu", "cuda"), "timer": ("device", "graph", "events"), "cache": ("cold", "warm")}
     for key, allowed in choices.items():
         if settings[key] is not None and settings[key] not in allowed:
             raise invalid(key, settings[key], f"one of {', '.join(allowed)}", f"{key}={allowed[0]}")

@@ -9,14 +9,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, shared_capacity, table_bytes
 from natrain.ops.problem import Problem
 
 _MATRIX_BYTES = 16 * 17 * 4  # MATRIX_BYTES of csrc/fused/backward_q.cu
 _GROUPS_HELD = 8  # groups whose dS stays in registers there
-_MORE_REGISTERS = 16  # than ``Demands`` says, for addresses that plans count only with some tables
+# Beyond ``Demands``: pointers into a table with a line for every difference; the loops over chunks.
+_POINTER_REGISTERS = 24
+_LOOP_REGISTERS = 8
 
 
 def _held_registers(dim: int, itemsize: int) -> int:
@@ -28,7 +30,7 @@ def _held_registers(dim: int, itemsize: int) -> int:
 def demands_of_q(problem: Problem) -> Demands:
     """Of csrc/fused/backward_q.cu."""
     head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + head_dim // 2 + 56
+    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + head_dim // 2 + 72
     return Demands(
         (head_dim, value_dim),
         (head_dim, value_dim),
@@ -44,7 +46,7 @@ def demands_of_kv(problem: Problem, gradients: int) -> Demands:
     """Of csrc/fused/backward_kv.cu; ``gradients`` as NATRAIN_GRADIENTS there."""
     head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
     sums = (head_dim // 2 if gradients & 1 else 0) + (value_dim // 2 if gradients & 2 else 0)
-    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + sums + 64
+    registers = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) + sums * 3 // 2 + 72
     return Demands(
         (head_dim, value_dim),
         (head_dim, value_dim),
@@ -58,6 +60,33 @@ def demands_of_kv(problem: Problem, gradients: int) -> Demands:
     )
 
 
+@dataclass(frozen=True)
+class _Cycles:
+    """Of a warp and image. Fitted to 143 plans of eleven layers each (an H100, bfloat16 with a bias; off by 2 % in the
+    mean of whole backward passes, 20 % between plans)."""
+
+    tile: float
+    group: float  # of 16 columns, at head dim 32 in 16 bits
+    wider: float  # share of ``group`` that grows with the bytes of a row
+    column: float  # fetched by the block, over its warps
+    chunk: float
+    diagonals: float  # a group whose dS does not stay in registers
+    few_warps: float  # resident warps at which half of the time is waiting
+    pointers: float  # factor: a comparison a line, and a pointer
+    bias: float  # factor: the bias added by pairs
+    single_stage: float  # factor, in chunks: more blocks hide the wait better than stages do
+    block: float
+    table_byte: float
+    few_registers: float
+
+
+_OF_Q = _Cycles(66, 266, 0.36, 4.9, 730, 64, 4.0, 1.08, 1.0, 0.76, 200, 0.38, 0.26)
+_OF_KV = _Cycles(340, 183, 0.21, 0.33, 105, 0, 2.7, 0.93, 1.45, 0.86, 750, 0.11, 1.0)
+_SINGLE_STAGE_RESIDENT = 1.1  # not measured
+# In chunks where the whole halo would fit: 1.7 times as slow (dK, dV), 2.8 times with diagonals summed for every image.
+_NEEDLESS_CHUNKS = 1.7
+
+
 def gradient_plans(space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Iterator[Plan]:
     """Every legal plan of a gradient kernel, with its cost in cycles of a multiprocessor.
 
@@ -68,9 +97,9 @@ def gradient_plans(space: Space, demands: Demands, device: Device, bias_entries:
         warps = math.prod(plan.warps)
         shared = -(-plan.shared_bytes // 16) * 16
         shared += warps * (_MATRIX_BYTES + 4 * bias_entries) if bias_entries else 0
-        # Warps are dealt to four schedulers with 16,384 registers each.
-        registers = demands.registers + demands.per_group * plan.groups + _MORE_REGISTERS
-        most_warps = 4 * (512 // (-(-registers // 8) * 8))
+        # Warps are dealt to four schedulers with 512 registers for each of their lanes.
+        needed = _needed_registers(plan, demands)
+        most_warps = 4 * (512 // (-(-needed // 8) * 8))
         blocks = min(plan.min_blocks, per_multiprocessor // (shared + 1024), max(warps <= 4, most_warps // warps))
         if shared <= per_block and blocks:
             plan = replace(plan, shared_bytes=shared, min_blocks=blocks)
@@ -90,38 +119,44 @@ def choose_gradient_plan(space: Space, demands: Demands, device: Device, bias_en
     return plan
 
 
+def _needed_registers(plan: Plan, demands: Demands) -> int:
+    """Of a thread, so that the compiler keeps all in registers."""
+    more = _LOOP_REGISTERS if not plan.resident else _POINTER_REGISTERS if plan.start_table == 1 else 0
+    return demands.registers + demands.per_group * plan.groups + more
+
+
 def _cost(plan: Plan, space: Space, demands: Demands, device: Device, is_bias_summed: bool) -> float:
-    """Cycles, as far as they tell plans apart: instructions as compiled, factors as measured plans have them."""
+    """Cycles, as far as they tell plans apart."""
+    of = _OF_KV if demands.rows_are_keys else _OF_Q
     warps = math.prod(plan.warps)
     resident_warps = warps * plan.min_blocks
     width = sum(demands.columns) * space.itemsize / 128  # 1 at head_dim 32 in 16 bits
-    per_group = 34 + (50 if demands.rows_are_keys else 36) * width
+    groups = math.prod(plan.box) / 16
+    cycles = of.tile + of.group * groups * (1 + of.wider * (width - 1))
+    cycles += of.column * width * (math.prod(plan.chunk) if plan.resident else 1.3 * math.prod(plan.box)) / warps
     if is_bias_summed and not (plan.resident and plan.groups <= _GROUPS_HELD):
-        per_group += 150  # dS does not stay in registers: its diagonals are summed for every image
-    chunks = math.prod(plan.chunk) if plan.resident else 1.2 * math.prod(plan.box)
-    instructions = 200 + 100 * width + per_group * math.prod(plan.box) / 16 + 8 * 8 * width * chunks / (32 * warps)
-    # Of a scheduler's slots a few warps fill few, and many no more than these.
-    cycles = -(-resident_warps // 4) * instructions / min(0.45 + 0.004 * (resident_warps - 10), 0.045 * resident_warps)
-    if plan.stages == 1:
-        cycles *= 2  # nothing is fetched ahead; not measured
-    # Of equals the one with less to wait for and to keep.
-    cycles *= 1 + 0.002 * warps + 0.01 * plan.stages
-    if plan.resident and plan.start_table == 1:
-        cycles *= 1.05  # a comparison a line, and a pointer
+        cycles += of.diagonals * groups
     if not plan.resident:
-        # A chunk is used only by the warps whose boxes it meets, and everyone waits for it.
-        axes = 3 if plan.chunked_x else 2
-        box = math.prod(plan.box[:axes])
-        halo = math.prod(b + (w - 1) * t for b, w, t in zip(plan.box, plan.warps, plan.row_tile, strict=True))
-        if not plan.chunked_x:
-            halo //= plan.box[2] + (plan.warps[2] - 1) * plan.row_tile[2]
-        cycles *= (1.3 if math.prod(plan.box) <= 256 else 0.9) * (halo / box) ** 0.4
-        cycles *= 1.2 if plan.min_blocks == 1 else 1
+        halo = [b + (w - 1) * t for b, w, t in zip(plan.box, plan.warps, plan.row_tile, strict=True)]
+        cycles *= _NEEDLESS_CHUNKS if math.prod(plan.box) <= 16 * demands.most_groups else 1
+        cycles += of.chunk * math.prod(-(-h // c) for h, c in zip(halo, plan.chunk, strict=True))
+    if plan.stages == 1:
+        cycles *= _SINGLE_STAGE_RESIDENT if plan.resident else of.single_stage
+    elif plan.stages == 3:
+        cycles *= 1.03
+    if plan.start_table == 1 and plan.resident:
+        cycles *= of.pointers
+    elif plan.start_table == 0 and space.has_rpb:
+        cycles *= of.bias
+    registers = 512 // -(-resident_warps // 4) // 8 * 8
+    cycles *= math.exp(of.few_registers * max(0.0, 1 - min(255, registers) / (1.2 * _needed_registers(plan, demands))))
+    cycles *= plan.min_blocks * warps / 4 * (1 + of.few_warps / resident_warps)
     table = 0
     if plan.start_table:
         table = table_bytes(space, plan.row_tile, plan.warps, plan.box[2])
         if plan.classes:
             table = plan.classes.bytes(plan.row_tile, plan.warps, plan.box)
     waves = plan.grid / (device.multiprocessors * plan.min_blocks)
-    images = -(-space.batch // plan.splits)
-    return (math.ceil(waves) if waves < 4 else waves + 0.5) * ((images + 1) * cycles + 0.15 * table * plan.min_blocks)
+    waves = math.ceil(waves) if waves < 4 else waves + 0.5
+    setup = plan.min_blocks * (of.block + of.table_byte * table)
+    return waves * ((-(-space.batch // plan.splits) + 1) * cycles + setup)

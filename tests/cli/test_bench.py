@@ -133,7 +133,7 @@ def test_natten_is_called_as_its_versions_want(version, arms, without):
         ([*PROBLEM, "kernels=cpo"], "kernels=cpu"),
         ([*PROBLEM, "device=tpu"], "device=cpu"),
         ([*PROBLEM, "runs=2"], "runs=30"),
-        ([*PROBLEM, "timer=sun"], "timer=graph"),
+        ([*PROBLEM, "timer=sun"], "timer=device"),
         (["shape=9x8"], "heads=2"),
     ],
 )
