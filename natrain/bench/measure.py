@@ -1,7 +1,7 @@
 """How every benchmark here takes a time.
 
 On a CUDA device by events around one call, elsewhere by the wall clock; the caches emptied before it (or kept warm when
-asked); for the device's time alone the stream is held until the host has enqueued the call, or a CUDA graph is replayed;
+asked); for the device's time alone the stream is held until the host has enqueued the call, or CUDA graphs are replayed;
 inputs that take turns; the contenders interleaved A B A B in one process, so that a drifting clock hits all alike;
 medians with an interval that assumes no distribution; outputs checked before any time counts.
 """

@@ -16,6 +16,7 @@ from tests.ops.grid import Case
 
 # What the sum of a few hundred rounded terms may add to twice the error of the same-dtype composition.
 ATOL = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ATOL_TF32 = 2**-11
 
 
 @dataclass
@@ -107,18 +108,48 @@ def truth(case: Case, inputs: Inputs) -> list[Tensor]:
     return inputs.grads(out.reshape(*q.shape[:-1], v.shape[-1]), lse.transpose(1, 2).reshape(q.shape[:-1]))
 
 
-def same_dtype(case: Case, inputs: Inputs) -> list[Tensor]:
-    """The unfused composition in plain PyTorch: weights and gradients stored in the dtype, softmax in float32."""
+class _Tf32(torch.autograd.Function):
+    """A factor of a product as the tensor core sees it: the nearest number with 10 bits of mantissa."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class _Tf32Gradient(torch.autograd.Function):
+    """A product whose gradient is a factor of other products."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return _Tf32.apply(gradient)
+
+
+def same_dtype(case: Case, inputs: Inputs, is_tf32: bool = False) -> list[Tensor]:
+    """The unfused composition in plain PyTorch: weights and gradients stored in the dtype, softmax in float32.
+
+    ``is_tf32``: the factors of every product rounded to TF32. Torch's own setting would leave it to cuBLAS, which
+    computes the small products of a small problem in float32 all the same.
+    """
+    factor = _Tf32.apply if is_tf32 else lambda x: x
+    product = _Tf32Gradient.apply if is_tf32 else lambda x: x
     window = Window(case.kernel_size, case.dilation, case.stride, case.is_causal)
     repeats = inputs.q.shape[-2] // inputs.k.shape[-2]
     k, v = inputs.k.repeat_interleave(repeats, -2), inputs.v.repeat_interleave(repeats, -2)
-    scores = reference.qk(inputs.q, k, inputs.rpb, window, case.head_dim**-0.5).float()
+    scores = product(reference.qk(factor(inputs.q), factor(k), inputs.rpb, window, case.head_dim**-0.5)).float()
     if inputs.key_mask is not None:
         heads = torch.ones_like(inputs.q[..., :1])
         is_key = reference.qk(heads, inputs.key_mask[..., None, None].to(heads).expand_as(heads), None, window, 1.0)
         scores = scores.masked_fill(is_key == 0, -math.inf)
     probs, lse = _softmax(scores)
-    return inputs.grads(reference.av(probs.to(v.dtype), v, window), lse)
+    return inputs.grads(product(reference.av(factor(probs.to(v.dtype)), factor(v), window)), lse)
 
 
 def judge(names: list[str], mine: list[Tensor], same: list[Tensor], exact: list[Tensor], atol: float) -> None:
@@ -136,3 +167,17 @@ def judge(names: list[str], mine: list[Tensor], same: list[Tensor], exact: list[
             assert cosine >= 1 - atol, f"{name}: cosine {cosine:.6f}"
         bias, allowed = (x - z).mean().abs() / average, 2 * (y - z).mean().abs() / average + atol
         assert bias <= allowed, f"{name}: bias {bias:.1e} > {allowed:.1e}"
+
+
+def check_tf32(case: Case, kernel: str, device: str = "cuda") -> None:
+    """A kernel in TF32 by the same rule; torch allows it now."""
+    inputs = Inputs.draw(case, torch.float32, device)
+    mine = outputs(case, inputs, kernel)
+    torch.set_float32_matmul_precision("highest")
+    same = same_dtype(case, inputs, is_tf32=True)
+    judge(inputs.names, mine, same, truth(case, inputs), ATOL_TF32)
+
+
+def requested_bytes(which: str) -> int:
+    """Of CUDA memory, what tensors asked for, "current" or "peak": what the allocator gives depends on its past too."""
+    return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]

@@ -17,7 +17,7 @@ import natrain
 from natrain.ops.registry import get_kernel
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, Case, grid
-from tests.ops.judge import ATOL, Inputs
+from tests.ops.judge import ATOL, Inputs, requested_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
@@ -43,8 +43,7 @@ def test_error_is_at_most_twice_the_same_dtype_composition(case, dtype):
 
 @pytest.mark.parametrize("case", [NAT, *GRID[::3]], ids=str)
 def test_tf32_where_torch_allows_it(case, tf32):
-    """Judged against the same composition in torch's TF32, whose inputs keep 10 bits of mantissa."""
-    check(case, torch.float32, atol=2**-10)
+    judge.check_tf32(case, "fused")
 
 
 @pytest.mark.parametrize("head_dim", [8, 16, 24, 40, 64, 72, 96, 128, 136, 192, 256])
@@ -160,14 +159,14 @@ def test_packed_projection_is_read_in_place(dtype):
 
     del packed, unpacked, q, k, v
     rows, slack = 8 * 28 * 28 * 4, 2**16
-    before = torch.cuda.memory_allocated()
+    before = requested_bytes("current")
     torch.cuda.reset_peak_memory_stats()
     out = natrain.na2d_qkvpacked(qkv, 7, kernel="fused")
     out_and_lse = rows * (32 * dtype.itemsize + 4)
-    assert torch.cuda.max_memory_allocated() - before <= out_and_lse + slack
+    assert requested_bytes("peak") - before <= out_and_lse + slack
     torch.autograd.grad(out, qkv, d_out)
     gradient_and_statistics = rows * (3 * 32 * dtype.itemsize + 8)
-    assert torch.cuda.max_memory_allocated() - before <= out_and_lse + gradient_and_statistics + slack
+    assert requested_bytes("peak") - before <= out_and_lse + gradient_and_statistics + slack
 
 
 def test_strided_and_expanded_tensors():

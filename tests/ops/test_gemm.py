@@ -39,8 +39,7 @@ def test_error_is_at_most_twice_the_same_dtype_composition(case, dtype):
 
 @pytest.mark.parametrize("case", [NAT, *GRID[::4]], ids=str)
 def test_tf32_where_torch_allows_it(case, tf32):
-    """Judged against the same composition in torch's TF32, whose inputs keep 10 bits of mantissa."""
-    check(case, torch.float32, atol=2**-10)
+    judge.check_tf32(case, "gemm")
 
 
 def test_float32_is_not_tf32_where_torch_forbids_it():
