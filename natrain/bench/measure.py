@@ -1,7 +1,7 @@
 """How every benchmark here takes a time.
 
 On a CUDA device by events around one call, elsewhere by the wall clock; the caches emptied before it (or kept warm when
-asked); for the device's time alone the stream is held until the host has enqueued the call, or CUDA graphs are replayed;
+asked); for the device's time alone the stream is held until the host has enqueued the call, or a CUDA graph replayed;
 inputs that take turns; the contenders interleaved A B A B in one process, so that a drifting clock hits all alike;
 medians with an interval that assumes no distribution; outputs checked before any time counts.
 """
@@ -117,8 +117,8 @@ def measure(
         warm_ups: untimed calls of each first: compilation, allocation.
         warm_cache: leave what the call before left in the caches.
         timer: of a CUDA device: "events", eager calls with the gaps that the host leaves; "device", the device's work
-            alone: the stream is held until the call is enqueued; "graph", replays of a CUDA graph, whose launch counts
-            (5 to 10 us on an H100).
+            alone: the stream is held until the call is enqueued; "graph", replays of a CUDA graph, where one can be
+            captured.
         check: called with (name, output of the first call) before anything is timed; raises if the output is wrong.
         device: "cuda", or "cpu" for the wall clock.
     """

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from natrain.ops.fused_measured import measured
 from natrain.ops.fused_tiles import (
     Classes,
     Space,
@@ -343,27 +344,6 @@ def _splits(batch: int, combinations: int, slots: int, setup: float) -> tuple[in
     return best
 
 
-# Forward plans that were the fastest of some 30 on an H200, 16 bits: (row tile, warps, stages, table) of a window
-# without stride or causal axes, by the lengths of its dilation groups, kernel size, and head dim.
-_MEASURED = {
-    ((1, 56, 56), (1, 7, 7), 32): ((1, 8, 2), (1, 1, 7), 2, 2),
-    ((1, 28, 28), (1, 7, 7), 32): ((1, 8, 2), (1, 4, 2), 2, 1),
-    ((1, 14, 14), (1, 7, 7), 32): ((1, 8, 2), (1, 2, 7), 3, 1),
-    ((1, 7, 7), (1, 7, 7), 32): ((1, 2, 8), (1, 4, 1), 3, 1),
-    ((1, 64, 64), (1, 13, 13), 64): ((1, 4, 4), (1, 2, 4), 1, 1),
-    ((1, 128, 128), (1, 13, 13), 64): ((1, 4, 4), (1, 3, 4), 1, 1),
-    ((1, 1, 4096), (1, 1, 127), 64): ((1, 1, 16), (1, 1, 4), 2, 0),
-    ((1, 1, 16384), (1, 1, 255), 64): ((1, 1, 16), (1, 1, 4), 2, 0),
-}
-
-
-def _measured(space: Space, demands: Demands) -> tuple | None:
-    if space.itemsize != 2 or any(axis.stride > 1 or axis.is_causal for axis in space.axes):
-        return None
-    lengths, kernel_size = zip(*((axis.group_lengths[0], axis.kernel_size) for axis in space.axes), strict=True)
-    return _MEASURED.get((lengths, kernel_size, max(demands.columns)))
-
-
 @functools.lru_cache(maxsize=4096)
 def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
     """The forward plan that was measured to be best, where one was, else the legal plan of least cost.
@@ -376,6 +356,5 @@ def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
         _, most = shared_capacity(device.capability)
         dims = demands.columns
         raise ValueError(f"a block has {most} bytes of shared memory, too few for rows of {dims} elements")
-    measured = _measured(space, demands)
-    best = [plan for plan in plans if (plan.row_tile, plan.warps, plan.stages, plan.start_table) == measured]
+    best = measured("forward", space, max(demands.columns), plans)
     return min(best or plans, key=lambda plan: (plan.cost, plan.stages, plan.shared_bytes))

@@ -1,0 +1,88 @@
+"""Plans of the fused kernels that were measured to be the fastest, for the layers that are measured.
+
+Taken by ``choose_plan`` and ``choose_gradient_plan`` before their models of cost are asked. From
+``scripts/bench_plans.py`` on an H100 (bfloat16, 20 to 30 plans a layer); docs/performance.md has the times. A layer of
+one's own is tuned by a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from natrain.ops.fused_tiles import Space
+
+# Kernel -> (lengths of a dilation group, kernel size, head dim) -> (row tile, warps, stages, kind of table).
+# DiNAT's layers at 224 pixels have groups of 7x7.
+_Key = tuple[tuple[int, int, int], tuple[int, int, int], int]
+_Choice = tuple[tuple[int, int, int], tuple[int, int, int], int, int]
+_NAT_56, _NAT_28, _NAT_14, _NAT_7 = (((1, side, side), (1, 7, 7), 32) for side in (56, 28, 14, 7))
+_PLANE_64, _PLANE_128 = (((1, side, side), (1, 13, 13), 64) for side in (64, 128))
+_LINE_4096, _LINE_16384 = ((1, 1, 4096), (1, 1, 127), 64), ((1, 1, 16384), (1, 1, 255), 64)
+_PLANS: dict[str, dict[_Key, _Choice]] = {
+    "forward": {
+        _NAT_56: ((1, 8, 2), (1, 1, 7), 2, 2),
+        _NAT_28: ((1, 8, 2), (1, 4, 2), 2, 1),
+        _NAT_14: ((1, 8, 2), (1, 2, 7), 3, 1),
+        _NAT_7: ((1, 2, 8), (1, 4, 1), 2, 1),
+        _PLANE_64: ((1, 4, 4), (1, 2, 4), 1, 1),
+        _PLANE_128: ((1, 4, 4), (1, 3, 4), 1, 1),
+        _LINE_4096: ((1, 1, 16), (1, 1, 8), 2, 2),
+        _LINE_16384: ((1, 1, 16), (1, 1, 4), 2, 0),
+    },
+    "backward_q": {
+        _NAT_56: ((1, 8, 2), (1, 1, 4), 2, 1),
+        _NAT_28: ((1, 8, 2), (1, 2, 7), 2, 2),
+        _NAT_14: ((1, 8, 2), (1, 2, 7), 2, 2),
+        _NAT_7: ((1, 2, 8), (1, 4, 1), 2, 2),
+        _PLANE_64: ((1, 4, 4), (1, 2, 4), 1, 1),
+        _PLANE_128: ((1, 4, 4), (1, 2, 4), 1, 1),
+        _LINE_4096: ((1, 1, 16), (1, 1, 4), 1, 2),
+        _LINE_16384: ((1, 1, 16), (1, 1, 2), 1, 0),
+    },
+    "backward_kv": {
+        _NAT_56: ((1, 2, 8), (1, 7, 1), 2, 1),
+        _NAT_28: ((1, 2, 8), (1, 7, 1), 2, 1),
+        _NAT_14: ((1, 1, 16), (1, 7, 1), 2, 1),
+        _NAT_7: ((1, 2, 8), (1, 4, 1), 2, 1),
+        _PLANE_64: ((1, 1, 16), (1, 2, 1), 1, 1),
+        _PLANE_128: ((1, 1, 16), (1, 2, 1), 1, 1),
+        _LINE_4096: ((1, 1, 16), (1, 1, 4), 2, 0),
+        _LINE_16384: ((1, 1, 16), (1, 1, 2), 1, 0),
+    },
+}
+# Where a bias changes what is best.
+_WITH_BIAS: dict[str, dict[_Key, _Choice]] = {
+    "forward": {_LINE_4096: ((1, 1, 16), (1, 1, 4), 2, 0)},
+    "backward_q": {
+        _NAT_56: ((1, 8, 2), (1, 1, 4), 1, 2),
+        _NAT_28: ((1, 8, 2), (1, 1, 7), 2, 1),
+        _NAT_14: ((1, 8, 2), (1, 1, 7), 2, 1),
+        _NAT_7: ((1, 2, 8), (1, 4, 1), 2, 1),
+        _PLANE_64: ((1, 4, 4), (1, 2, 4), 2, 1),
+        _PLANE_128: ((1, 4, 4), (1, 2, 4), 2, 1),
+        _LINE_4096: ((1, 1, 16), (1, 1, 3), 1, 0),
+        _LINE_16384: ((1, 1, 16), (1, 1, 3), 1, 0),
+    },
+    "backward_kv": {
+        _PLANE_64: ((1, 2, 8), (1, 4, 1), 1, 1),
+        _PLANE_128: ((1, 4, 4), (1, 2, 1), 1, 1),
+        _LINE_16384: ((1, 1, 16), (1, 1, 4), 2, 0),
+    },
+}
+
+
+def measured(kernel: str, space: Space, head_dim: int, plans: Iterable):
+    """Of ``plans`` those that are the measured one (``Plan``s of one choice differ in their chunks), or none.
+
+    Args:
+        kernel: forward, backward_q or backward_kv.
+        head_dim: the larger one, of keys and of values.
+    """
+    if space.itemsize != 2 or any(axis.stride > 1 or axis.is_causal for axis in space.axes):
+        return []
+    lengths, kernel_size = zip(*((axis.group_lengths[0], axis.kernel_size) for axis in space.axes), strict=True)
+    key = lengths, kernel_size, head_dim
+    wanted = _PLANS[kernel].get(key)
+    if space.has_rpb:
+        wanted = _WITH_BIAS[kernel].get(key, wanted)
+    return [plan for plan in plans if (plan.row_tile, plan.warps, plan.stages, plan.start_table) == wanted]
