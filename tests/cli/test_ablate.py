@@ -18,7 +18,18 @@ from natrain.cli import main
 from natrain.cli.settings import config_folder
 from natrain.ops.registry import list_kernels
 
-KERNEL_YAMLS = ("paper_1d", "paper_2d", "paper_3d", "nat_layers", "windows", "dilations", "rpb", "dtypes", "sweep")
+KERNEL_YAMLS = (
+    "paper_1d",
+    "paper_2d",
+    "paper_3d",
+    "nat_layers",
+    "peers",
+    "windows",
+    "dilations",
+    "rpb",
+    "dtypes",
+    "sweep",
+)
 TINY = """\
 kernels: [cpu, reference]
 runs: 3
