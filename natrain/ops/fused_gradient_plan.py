@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from natrain.ops.fused_measured import measured
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, shared_capacity, table_bytes
+from natrain.ops.geometry import under_no_mode
 from natrain.ops.problem import Problem
 
 _MATRIX_BYTES = 16 * 17 * 4  # MATRIX_BYTES of csrc/fused/backward_q.cu
@@ -108,6 +109,7 @@ def gradient_plans(space: Space, demands: Demands, device: Device, bias_entries:
 
 
 @functools.lru_cache(maxsize=4096)
+@under_no_mode
 def choose_gradient_plan(space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Plan:
     """The plan that was measured to be best, where one was, else the legal plan of least cost.
 

@@ -35,6 +35,7 @@ from natrain.ops.fused_tiles import (
     row_pitch,
     table_bytes,
 )
+from natrain.ops.geometry import under_no_mode
 
 # Shared memory of a multiprocessor, and the most a block may have, by compute capability.
 _SHARED = {(8, 0): (164, 163), (8, 6): (100, 99), (8, 7): (164, 163), (8, 9): (100, 99), (12, 0): (100, 99)}
@@ -345,6 +346,7 @@ def _splits(batch: int, combinations: int, slots: int, setup: float) -> tuple[in
 
 
 @functools.lru_cache(maxsize=4096)
+@under_no_mode
 def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
     """The forward plan that was measured to be best, where one was, else the legal plan of least cost.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from natrain.ops.geometry import ACCESS_BYTES, three_axes, weights_pitch
+from natrain.ops.geometry import ACCESS_BYTES, three_axes, under_no_mode, weights_pitch
 from natrain.ops.problem import Window
 from natrain.ops.window import window_bounds
 
@@ -162,6 +162,7 @@ def _chunks(halo: tuple[int, int, int]) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4096)
+@under_no_mode
 def choose_gemm_tiling(
     primitive: str,
     spatial: tuple[int, ...],

@@ -8,17 +8,34 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from natrain.ops.problem import Window
 
 ACCESS_BYTES = 16  # the widest access of one thread
 MAX_THREADS = 128  # a block; small, so that many share a multiprocessor whatever their registers
 _LINE_BYTES = 128
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def under_no_mode(plan: _Function) -> _Function:
+    """Decorates functions that reckon with small tensors: torch.compile traces under a mode of tensors without values,
+    which nobody could read a plan from, and which must not stay in a cache."""
+
+    @functools.wraps(plan)
+    def wrapped(*args, **kwargs):
+        with _disable_current_modes():
+            return plan(*args, **kwargs)
+
+    return wrapped
 
 
 def three_axes(values: Sequence, missing) -> tuple:

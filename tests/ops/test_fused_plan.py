@@ -6,12 +6,18 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from natrain.bench.layers import LAYERS
+from natrain.ops import fused_tiles
+from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
+from natrain.ops.fused_measured import measured
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan, shared_capacity
-from natrain.ops.problem import Window
+from natrain.ops.problem import Problem, Window
 from tests.ops import oracle
 
 
@@ -106,3 +112,48 @@ def test_no_plan_says_so():
     space = _space((300,), 127, dtype=torch.float32)
     with pytest.raises(ValueError, match="shared memory"):
         choose_plan(space, Demands((4096, 4096), (4096,), 64), Device())
+
+
+def _problem(layer, has_rpb: bool) -> Problem:
+    rank = len(layer.spatial)
+    window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
+    shape = layer.batch, layer.spatial, layer.heads, layer.head_dim
+    return Problem(*shape, window, torch.bfloat16, "cuda", (9, 0), has_rpb=has_rpb, needs_grad=True)
+
+
+@pytest.mark.parametrize("has_rpb", [False, True])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
+def test_a_measured_plan_is_a_legal_one_and_taken(layer, has_rpb):
+    problem = _problem(layer, has_rpb)
+    heads = layer.heads
+    space = Space.of(layer.spatial, problem.window, layer.batch, heads, heads, problem.dtype, has_rpb)
+    entries = math.prod(problem.window.rpb_shape) if has_rpb else 0
+    forward = Demands.of_forward(layer.head_dim, layer.head_dim, problem.dtype)
+    chosen = {
+        "forward": (choose_plan(space, forward, Device()), list(candidates(space, forward, Device()))),
+    }
+    for kernel, demands, sums in (
+        ("backward_q", demands_of_q(problem), entries),
+        ("backward_kv", demands_of_kv(problem, 3), 0),
+    ):
+        plans = list(gradient_plans(space, demands, Device(), sums))
+        chosen[kernel] = choose_gradient_plan(space, demands, Device(), sums), plans
+    for kernel, (plan, plans) in chosen.items():
+        assert plan in measured(kernel, space, layer.head_dim, plans), kernel
+
+
+def test_plans_are_the_same_while_torch_traces():
+    """Under fake tensors, which have no values; and what is cached then serves real calls."""
+    layer = LAYERS[3]
+    problem = replace(_problem(layer, True), batch=3)
+    space = replace(SPACES[1], batch=5)
+    calls = [
+        lambda: choose_plan(space, Demands.of_forward(32, 32, torch.float16), Device()),
+        lambda: choose_gradient_plan(space, demands_of_kv(problem, 3), Device()),
+    ]
+    outside = [call() for call in calls]
+    for function in (choose_plan, choose_gradient_plan, fused_tiles.columns_of_rows, fused_tiles.box_extent):
+        function.cache_clear()
+    with FakeTensorMode():
+        assert [call() for call in calls] == outside
+    assert not isinstance(fused_tiles.columns_of_rows(space.axes[1], 29, True)[0], FakeTensor)
