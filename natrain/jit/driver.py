@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,6 +57,8 @@ class CudaKernel:
         self.name = name
         self._library = library
         self._handle = ctypes.c_void_p()
+        # What is launched, by device: the driver would look it up from the kernel's handle for every launch.
+        self._functions: dict[int, ctypes.c_void_p] = {}
         self._largest_shared: dict[int, int] = {}
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
 
@@ -70,32 +73,41 @@ class CudaKernel:
         """
         if not grid:
             return
-        if shared_bytes > self._largest_shared.get(device, _GRANTED_SHARED):
-            self._ask_for_shared(shared_bytes, device)
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        # One parameter: the address of the struct, which is that of the bytes.
-        launch = (self._handle, grid, 1, 1, block, 1, 1, shared_bytes, stream, _Parameters(arguments), None)
         if device == torch._C._cuda_getDevice():
-            status = _launch(device, launch)
+            self._launch(grid, block, arguments, device, shared_bytes)
         else:
             with torch.cuda.device(device):
-                status = _launch(device, launch)
+                self._launch(grid, block, arguments, device, shared_bytes)
+
+    def _launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int) -> None:
+        function = self._functions.get(device)
+        if function is None:
+            function = self._find_function(device)
+        if shared_bytes > self._largest_shared.get(device, _GRANTED_SHARED):
+            status = _in_context(device, _cuda().cuFuncSetAttribute, function, _MAX_DYNAMIC_SHARED, shared_bytes)
+            _check(status, f"asking for {shared_bytes} bytes of shared memory for {self.name}")
+            self._largest_shared[device] = shared_bytes
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        # One parameter: the address of the struct, which is that of the bytes.
+        launch = (function, grid, 1, 1, block, 1, 1, shared_bytes, stream, _Parameters(arguments), None)
+        status = _in_context(device, _cuda().cuLaunchKernel, *launch)
         if status:
             _check(status, f"launching {self.name}")
 
-    def _ask_for_shared(self, shared_bytes: int, device: int) -> None:
-        handle = ctypes.c_int()
-        _check(_cuda().cuDeviceGet(ctypes.byref(handle), device), f"finding device {device}")
-        status = _cuda().cuKernelSetAttribute(_MAX_DYNAMIC_SHARED, shared_bytes, self._handle, handle)
-        _check(status, f"asking for {shared_bytes} bytes of shared memory for {self.name}")
-        self._largest_shared[device] = shared_bytes
+    def _find_function(self, device: int) -> ctypes.c_void_p:
+        function = ctypes.c_void_p()
+        status = _in_context(device, _cuda().cuKernelGetFunction, ctypes.byref(function), self._handle)
+        _check(status, f"loading {self.name} on device {device}")
+        self._functions[device] = function
+        return function
 
 
-def _launch(device: int, launch: tuple) -> int:
-    status = _cuda().cuLaunchKernel(*launch)
+def _in_context(device: int, call: Callable[..., int], *arguments) -> int:
+    """The status of a driver call that needs a context; this thread's, or torch's if it has none yet."""
+    status = call(*arguments)
     if status == _NO_CONTEXT:
         _bind_context(device)
-        status = _cuda().cuLaunchKernel(*launch)
+        status = call(*arguments)
     return status
 
 
