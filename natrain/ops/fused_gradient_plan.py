@@ -124,9 +124,10 @@ def choose_gradient_plan(space: Space, demands: Demands, device: Device, bias_en
 
 
 def _needed_registers(plan: Plan, demands: Demands) -> int:
-    """Of a thread, so that the compiler keeps all in registers."""
+    """Of a thread, so that the compiler keeps all in registers. Wide heads want more than there are: some are spilled
+    rather than every second warp lost."""
     more = _LOOP_REGISTERS if not plan.resident else _POINTER_REGISTERS if plan.start_table == 1 else 0
-    return demands.registers + demands.per_group * plan.groups + more
+    return min(255, demands.registers + demands.per_group * plan.groups + more)
 
 
 def _cost(plan: Plan, space: Space, demands: Demands, device: Device, is_bias_summed: bool) -> float:
