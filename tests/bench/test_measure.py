@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 import warnings
 
 import pytest
@@ -43,6 +44,21 @@ def test_twice_the_work_takes_twice_as_long(timer):
     small, large = (torch.randn(n, 4096, device="cuda") for n in (32768, 65536))
     timings = measure({"small": lambda: small.mul_(0.5), "large": lambda: large.mul_(0.5)}, runs=10, timer=timer)
     assert 1.8 < ratio(timings["large"], timings["small"]) < 2.2
+
+
+@pytest.mark.gpu
+def test_what_the_host_takes_counts_by_events_alone():
+    """A call that enqueues a little work, then dawdles, then enqueues some more."""
+    x = torch.randn(1000, device="cuda")
+
+    def call():
+        x.mul_(0.5)
+        time.sleep(3e-3)
+        x.mul_(2)
+
+    events, device = (measure({"call": call}, runs=10, timer=timer)["call"] for timer in ("events", "device"))
+    assert events.low_ms > 2.5
+    assert device.low_ms < 0.5 * events.low_ms
 
 
 @pytest.mark.gpu
