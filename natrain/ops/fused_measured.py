@@ -71,7 +71,7 @@ _WITH_BIAS: dict[str, dict[_Key, _Choice]] = {
 }
 
 
-def measured(kernel: str, space: Space, head_dim: int, plans: Iterable):
+def measured(kernel: str, space: Space, head_dim: int, plans: Iterable) -> list:
     """Of ``plans`` those that are the measured one (``Plan``s of one choice differ in their chunks), or none.
 
     Args:
