@@ -26,24 +26,16 @@ from natrain.jit import cuda
 from natrain.ops import fused
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan
-from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
 
 KERNELS = ("forward", "backward_q", "backward_kv")
-
-
-def problem_of(layer: layers.Layer, dtype: torch.dtype, has_rpb: bool) -> Problem:
-    rank = len(layer.spatial)
-    window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
-    shape = layer.batch, layer.spatial, layer.heads, layer.head_dim
-    return Problem(*shape, window, dtype, "cuda", has_rpb=has_rpb, needs_grad=True)
 
 
 def plans(
     layer: layers.Layer, dtype: torch.dtype, has_rpb: bool, device: Device, most: int, kernel: str = "forward"
 ) -> list[Plan]:
     """The choice first, then others by cost."""
-    problem = problem_of(layer, dtype, has_rpb)
+    problem = layer.case(dtype, has_rpb).problem("cuda", device.capability)
     window = problem.window
     space = Space.of(layer.spatial, window, layer.batch, layer.heads, layer.heads, dtype, has_rpb)
     if kernel == "forward":
@@ -82,7 +74,7 @@ def compile_all(kernel: str, found: Iterable[tuple[layers.Layer, list[Plan]]], d
     specs = {}
     arch = cuda.arch_of(torch.cuda.get_device_capability())
     for layer, layer_plans in found:
-        problem = problem_of(layer, dtype, has_rpb)
+        problem = layer.case(dtype, has_rpb).problem("cuda", torch.cuda.get_device_capability())
         for plan in layer_plans:
             with taking(kernel, plan):
                 specs |= {spec.key(): spec for spec in get_kernel("fused").build_specs(problem, arch)}

@@ -15,19 +15,9 @@ import json
 from pathlib import Path
 
 from natrain.bench import layers, rows
-from natrain.bench.case import Case
+from natrain.bench.case import DTYPES, Case
 from natrain.bench.estimate import DIRECTIONS, floor_bytes
 from natrain.report.kernels import Run, geometric_mean
-
-
-def case_of(layer: layers.Layer, dtype: str, has_rpb: bool) -> Case:
-    return Case.of(
-        {
-            "shape": "x".join(map(str, layer.spatial)), "batch": layer.batch, "heads": layer.heads,
-            "head_dim": layer.head_dim, "kernel_size": layer.kernel_size, "dilation": layer.dilation,
-            "dtype": dtype, "rpb": has_rpb,
-        }
-    )  # fmt: skip
 
 
 def peer_ms(kernel: str, layer: str, dtype: str) -> tuple[float, float] | None:
@@ -42,9 +32,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kernel", default="fused", choices=("naive", "gemm", "fused"))
-    parser.add_argument("--dtype", default="bf16")
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--rpb", action="store_true")
     arguments = parser.parse_args()
+    if not (arguments.folder / "results.csv").is_file():
+        raise SystemExit(f"error: folder {arguments.folder} holds no results.csv. Try: what a sweep was given as --out")
     times: dict[tuple[Case, str], dict[str, float]] = {}
     for row in rows.read(arguments.folder / "results.csv"):
         run = Run.of(row)
@@ -57,7 +49,7 @@ def main() -> None:
     print("| " + " | ".join(title) + " |\n|" + "---|" * len(title))
     ratios: dict[str, dict[str, list[float]]] = {which: {} for which in DIRECTIONS}
     for layer in layers.LAYERS:
-        case = case_of(layer, arguments.dtype, arguments.rpb)
+        case = layer.case(DTYPES[arguments.dtype], arguments.rpb)
         cells = [[] for _ in title[1:]]
         for index, which in enumerate(DIRECTIONS):
             own = times.get((case, which), {})

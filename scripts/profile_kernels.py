@@ -15,7 +15,6 @@ import torch
 
 from natrain.bench.layers import LAYERS, Layer, calls
 from natrain.jit import cuda
-from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
 
 REPEATS = 5
@@ -23,12 +22,8 @@ REPEATS = 5
 
 def specs(layer: Layer, kernel: str, dtype: torch.dtype, has_rpb: bool):
     """What forward and backward of the layer need compiled for the current device."""
-    rank, capability = len(layer.spatial), torch.cuda.get_device_capability()
-    window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
-    problem = Problem(
-        layer.batch, layer.spatial, layer.heads, layer.head_dim, window, dtype, "cuda", capability,
-        has_rpb=has_rpb, needs_grad=True,
-    )  # fmt: skip
+    capability = torch.cuda.get_device_capability()
+    problem = layer.case(dtype, has_rpb).problem("cuda", capability)
     return get_kernel(kernel).build_specs(problem, cuda.arch_of(capability))
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 
 import natrain
+from natrain.bench.case import Case
 from natrain.bench.measure import on_timing_stream
+from natrain.ops.problem import Window
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,12 @@ class Layer:
     head_dim: int
     kernel_size: int
     dilation: int
+
+    def case(self, dtype: torch.dtype, has_rpb: bool) -> Case:
+        """The layer in the words of sweeps and their results."""
+        rank = len(self.spatial)
+        window = Window((self.kernel_size,) * rank, (self.dilation,) * rank, (1,) * rank, (False,) * rank)
+        return Case(self.spatial, self.batch, self.heads, self.head_dim, window, dtype, has_rpb)
 
 
 LAYERS = (

@@ -7,6 +7,7 @@ import runpy
 import sys
 
 import pytest
+import torch
 
 from natrain.bench import rows
 
@@ -19,7 +20,7 @@ def script(repository):
 def test_floors_and_ratios(script, tmp_path, monkeypatch, capsys):
     """56/1 in bf16: 51.38 MB a feature tensor; forward four of them at 1 TB/s, 0.2055 ms, backward eight."""
     layer = script["layers"].LAYERS[0]
-    case = script["case_of"](layer, "bf16", False)
+    case = layer.case(torch.bfloat16, False)
     rows.start(tmp_path / "results.csv")
     for arm, times in {"fused": (0.411, 0.822), "dense": (0.822, 0.411)}.items():
         for which, ms in zip(("forward", "backward"), times, strict=True):
@@ -33,6 +34,12 @@ def test_floors_and_ratios(script, tmp_path, monkeypatch, capsys):
     assert f"| 56/1 | 0.4110 / 0.8220 | 2.00 / 2.00 | {forward:.2f} / {backward:.2f} | 2.00 / 0.50 |" in printed
     assert f"backward, geometric means over ours: peer {backward:.2f}, dense 0.50" in printed
     assert "28/1" not in printed
+
+
+def test_a_folder_without_results(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare_layers.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="holds no results.csv"):
+        script["main"]()
 
 
 def test_every_row_has_its_peers(script):

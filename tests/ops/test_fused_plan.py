@@ -17,7 +17,7 @@ from natrain.ops import fused_tiles
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
 from natrain.ops.fused_measured import measured
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan, shared_capacity
-from natrain.ops.problem import Problem, Window
+from natrain.ops.problem import Window
 from tests.ops import oracle
 
 
@@ -114,17 +114,10 @@ def test_no_plan_says_so():
         choose_plan(space, Demands((4096, 4096), (4096,), 64), Device())
 
 
-def _problem(layer, has_rpb: bool) -> Problem:
-    rank = len(layer.spatial)
-    window = Window((layer.kernel_size,) * rank, (layer.dilation,) * rank, (1,) * rank, (False,) * rank)
-    shape = layer.batch, layer.spatial, layer.heads, layer.head_dim
-    return Problem(*shape, window, torch.bfloat16, "cuda", (9, 0), has_rpb=has_rpb, needs_grad=True)
-
-
 @pytest.mark.parametrize("has_rpb", [False, True])
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.name)
 def test_a_measured_plan_is_a_legal_one_and_taken(layer, has_rpb):
-    problem = _problem(layer, has_rpb)
+    problem = layer.case(torch.bfloat16, has_rpb).problem("cuda", (9, 0))
     heads = layer.heads
     space = Space.of(layer.spatial, problem.window, layer.batch, heads, heads, problem.dtype, has_rpb)
     entries = math.prod(problem.window.rpb_shape) if has_rpb else 0
@@ -145,7 +138,7 @@ def test_a_measured_plan_is_a_legal_one_and_taken(layer, has_rpb):
 def test_plans_are_the_same_while_torch_traces():
     """Under fake tensors, which have no values; and what is cached then serves real calls."""
     layer = LAYERS[3]
-    problem = replace(_problem(layer, True), batch=3)
+    problem = replace(layer.case(torch.bfloat16, True).problem("cuda", (9, 0)), batch=3)
     space = replace(SPACES[1], batch=5)
     calls = [
         lambda: choose_plan(space, Demands.of_forward(32, 32, torch.float16), Device()),
