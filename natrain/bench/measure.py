@@ -93,6 +93,7 @@ def _replay(graph: torch.cuda.CUDAGraph, _: Callable[[], Any]) -> None:
     graph.replay()
 
 
+TIMERS = ("device", "graph", "events")  # of a CUDA device; see ``measure``
 Call = Callable[[], Any]
 # Beyond the last-level cache of the processors that one finds under a desk.
 _CPU_FLUSH_BYTES = 2**27
@@ -122,6 +123,7 @@ def measure(
         check: called with (name, output of the first call) before anything is timed; raises if the output is wrong.
         device: "cuda", or "cpu" for the wall clock.
     """
+    assert timer in TIMERS, timer
     turns = {name: (calls,) if callable(calls) else tuple(calls) for name, calls in contenders.items()}
     for name, calls in turns.items():
         for run in range(max(warm_ups, len(calls))):

@@ -26,11 +26,12 @@ from typing import Any
 
 from natrain.bench.case import WORDS, Case
 from natrain.bench.estimate import DIRECTIONS, RATES, seconds
+from natrain.bench.measure import TIMERS
 from natrain.errors import invalid, nearest
 
 _AUTO_S = 3e-3  # of one call, where the batch is chosen
 _MOST_IMAGES = 1024
-_CHOICES = {"timer": ("device", "graph", "events"), "cache": ("cold", "warm")}
+_CHOICES = {"timer": TIMERS, "cache": ("cold", "warm")}
 _DEFAULTS = {
     "kernels": None,
     "baseline": None,

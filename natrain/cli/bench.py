@@ -58,7 +58,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(settings: dict, device: str) -> None:
-    choices = {"device": ("cpu", "cuda"), "timer": ("device", "graph", "events"), "cache": ("cold", "warm")}
+    from natrain.bench.measure import TIMERS
+
+    choices = {"device": ("cpu", "cuda"), "timer": TIMERS, "cache": ("cold", "warm")}
     for key, allowed in choices.items():
         if settings[key] is not None and settings[key] not in allowed:
             raise invalid(key, settings[key], f"one of {', '.join(allowed)}", f"{key}={allowed[0]}")
