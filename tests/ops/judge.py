@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+import natrain
 from natrain.ops import reference
 from natrain.ops.problem import Window
 from tests.ops import oracle
@@ -176,6 +177,25 @@ def check_tf32(case: Case, kernel: str, device: str = "cuda") -> None:
     torch.set_float32_matmul_precision("highest")
     same = same_dtype(case, inputs, is_tf32=True)
     judge(inputs.names, mine, same, truth(case, inputs), ATOL_TF32)
+
+
+def check_one_key(kernel: str, dtype: torch.dtype, device: str = "cuda") -> None:
+    """Where a window holds one key, out is v and the gradient of v that of out; q and k get what is left of two equal
+    numbers: 21 bits of them, which no rule relative to the result can judge."""
+    shape = (2, 5, 6, 2, 16)
+    q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
+    d_out = torch.randn_like(v)
+    out, lse = natrain.na2d(q, k, v, 1, return_lse=True, kernel=kernel)
+    d_q, d_k, d_v = torch.autograd.grad(out, (q, k, v), d_out)
+    is_float = dtype == torch.float32
+    torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
+    torch.testing.assert_close(d_v, d_out, rtol=1e-6 if is_float else ATOL[dtype], atol=0)
+    # In 16 bits lse is the log of a rounded weight.
+    exact = (q.double() * k.double()).sum(-1) / 4
+    torch.testing.assert_close(lse.double(), exact, rtol=0, atol=2e-6 if is_float else ATOL[dtype])
+    cancelled = (d_out * v).abs().float().sum(-1).max()
+    for gradient, factor in ((d_q, k), (d_k, q)):
+        assert gradient.abs().max() <= 2**-20 * cancelled * factor.abs().max()
 
 
 def requested_bytes(which: str) -> int:

@@ -90,6 +90,11 @@ def test_large_windows(spatial, kernel_size, dtype):
     check(Case(1, spatial, 1, 32, sizes, ones, ones, (False,) * len(spatial), True), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_window_of_one_key_passes_values_on(dtype):
+    judge.check_one_key("fused", dtype)
+
+
 @st.composite
 def problems(draw):
     """Any problem within the kernel's limits and the oracle's budget of tokens."""
@@ -97,7 +102,7 @@ def problems(draw):
     longest = {1: 150, 2: 21, 3: 9}[na_dim]
     spatial = tuple(draw(st.lists(st.integers(1, longest), min_size=na_dim, max_size=na_dim)))
     kernel_size = tuple(draw(st.integers(1, length)) for length in spatial)
-    # A window of one key has no gradient of q and k but what is left of two equal numbers.
+    # A window of one key has a test of its own: gradients of q and k are what is left of two equal numbers.
     assume(math.prod(kernel_size) > 1)
     kv_heads = draw(st.sampled_from([1, 2, 3]))
     case = Case(
