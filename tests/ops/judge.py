@@ -188,8 +188,9 @@ def check_one_key(kernel: str, dtype: torch.dtype, device: str = "cuda") -> None
     out, lse = natrain.na2d(q, k, v, 1, return_lse=True, kernel=kernel)
     d_q, d_k, d_v = torch.autograd.grad(out, (q, k, v), d_out)
     is_float = dtype == torch.float32
-    torch.testing.assert_close(out, v, rtol=1e-6, atol=0)
-    torch.testing.assert_close(d_v, d_out, rtol=1e-6 if is_float else ATOL[dtype], atol=0)
+    # Of a weight and a value tensor cores see 21 bits each; in 16 bits the weight's rounding cancels in out.
+    torch.testing.assert_close(out, v, rtol=2**-19 if is_float else 1e-6, atol=0)
+    torch.testing.assert_close(d_v, d_out, rtol=2**-19 if is_float else ATOL[dtype], atol=0)
     # In 16 bits lse is the log of a rounded weight.
     exact = (q.double() * k.double()).sum(-1) / 4
     torch.testing.assert_close(lse.double(), exact, rtol=0, atol=2e-6 if is_float else ATOL[dtype])
