@@ -57,7 +57,7 @@ class CudaKernel:
         self.name = name
         self._library = library
         self._handle = ctypes.c_void_p()
-        # What is launched, by device: the driver would look it up from the kernel's handle for every launch.
+        # The kernel in a device's context, which a launch of the library's handle would have to find every time.
         self._functions: dict[int, ctypes.c_void_p] = {}
         self._largest_shared: dict[int, int] = {}
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
