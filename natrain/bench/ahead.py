@@ -21,6 +21,7 @@ class Ahead:
 
     def __init__(self) -> None:
         self._specs: dict[tuple[Case, str], list[BuildSpec]] = {}
+        self._built: set[BuildSpec] = set()
         self._cores = os.cpu_count() or 1
         # Processor seconds a kernel; those of what was compiled so far replace this first guess.
         self._kernel_s = 3.0
@@ -38,7 +39,13 @@ class Ahead:
                 if (case, kernel) not in self._specs:
                     self._specs[case, kernel] = find_arm(kernel).build_specs(case, arch)
                 specs |= dict.fromkeys(self._specs[case, kernel])
-        return [spec for spec in specs if find_built(spec) is None]
+        return [spec for spec in specs if not self._is_built(spec)]
+
+    def _is_built(self, spec: BuildSpec) -> bool:
+        """To look for it means to hash all sources, which is done once."""
+        if spec not in self._built and find_built(spec) is not None:
+            self._built.add(spec)
+        return spec in self._built
 
     def seconds(self, pairs: Collection[tuple[Case, Collection[str]]]) -> float:
         """A guess of the time until all of these are compiled; of many problems, from a sample."""

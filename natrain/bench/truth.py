@@ -113,10 +113,8 @@ def sample_truth(case: Case, inputs: Inputs, seed: int = 0) -> Truth:
     scale = case.head_dim**-0.5
     solved = [_solve(table, inputs, part, scale) for part in _chunks(case, at_queries)]
     out, d_q = (torch.cat(found) for found in zip(*[(s.out, s.d_q) for s in solved], strict=True))
-    d_k, d_v = zip(
-        *[_key_gradients(case, table, inputs, place, scale) for place in zip(*at_keys, strict=True)], strict=True
-    )
-    return Truth(at_queries, at_keys, out, d_q, torch.stack(d_k), torch.stack(d_v))
+    d_k, d_v = _key_gradients(case, table, inputs, at_keys, scale)
+    return Truth(at_queries, at_keys, out, d_q, d_k, d_v)
 
 
 def _places(case: Case, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,21 +194,23 @@ def _solve(table: _Table, inputs: Inputs, places: tuple[Tensor, Tensor, Tensor],
 
 
 def _key_gradients(
-    case: Case, table: _Table, inputs: Inputs, place: tuple[Tensor, Tensor, Tensor], scale: float
+    case: Case, table: _Table, inputs: Inputs, at_keys: tuple[Tensor, Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """d_k and d_v [D] of one key: sums over the queries whose window holds it."""
-    image, token, head = place
-    queries = table.queries_of(token)
-    d_k = d_v = torch.zeros(case.head_dim, dtype=torch.float64, device=queries.device)
-    everywhere = image.expand_as(queries), queries, head.expand_as(queries)
-    for places in _chunks(case, everywhere):
-        solved = _solve(table, inputs, places, scale)
-        slot = (solved.keys == token) & solved.valid
-        d_v = d_v + (solved.probs * slot).sum(1) @ _tokens(inputs.d_out)[places].double()
-        d_k = d_k + scale * (solved.d_scores * slot).sum(1) @ _tokens(inputs.q)[places].double()
+    """d_k and d_v [samples, D] of keys: sums over the queries whose window holds them, all solved together."""
+    image, token, head = at_keys
+    queries = [table.queries_of(each) for each in token]
+    counts = torch.tensor([len(each) for each in queries], device=token.device)
+    sample = torch.arange(len(token), device=token.device).repeat_interleave(counts)
+    d_k, d_v = torch.zeros(2, len(token), case.head_dim, dtype=torch.float64, device=token.device)
+    for key, *places in _chunks(case, (sample, image[sample], torch.cat(queries), head[sample])):
+        solved = _solve(table, inputs, tuple(places), scale)
+        slot = (solved.keys == token[key, None]) & solved.valid
+        for total, shares, rows in ((d_v, solved.probs, inputs.d_out), (d_k, scale * solved.d_scores, inputs.q)):
+            share = (shares * slot).sum(1, keepdim=True)
+            total.index_add_(0, key, share * _tokens(rows)[tuple(places)].double())
     return d_k, d_v
 
 
-def _chunks(case: Case, places: tuple[Tensor, Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _chunks(case: Case, places: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
     size = max(1, _CHUNK_ELEMENTS // (case.window.num_neighbors * case.head_dim))
     return list(zip(*(index.split(size) for index in places), strict=True))

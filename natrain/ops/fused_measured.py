@@ -71,6 +71,16 @@ _WITH_BIAS: dict[str, dict[_Key, _Choice]] = {
 }
 
 
+def measured_choice(kernel: str, space: Space, head_dim: int) -> _Choice | None:
+    """What was measured to be best, if this problem was; the arguments are those of ``measured``."""
+    if space.itemsize != 2 or any(axis.stride > 1 or axis.is_causal for axis in space.axes):
+        return None
+    lengths, kernel_size = zip(*((axis.group_lengths[0], axis.kernel_size) for axis in space.axes), strict=True)
+    key = lengths, kernel_size, head_dim
+    wanted = _PLANS[kernel].get(key)
+    return _WITH_BIAS[kernel].get(key, wanted) if space.has_rpb else wanted
+
+
 def measured(kernel: str, space: Space, head_dim: int, plans: Iterable) -> list:
     """Of ``plans`` those that are the measured one (``Plan``s of one choice differ in their chunks), or none.
 
@@ -78,11 +88,5 @@ def measured(kernel: str, space: Space, head_dim: int, plans: Iterable) -> list:
         kernel: forward, backward_q or backward_kv.
         head_dim: the larger one, of keys and of values.
     """
-    if space.itemsize != 2 or any(axis.stride > 1 or axis.is_causal for axis in space.axes):
-        return []
-    lengths, kernel_size = zip(*((axis.group_lengths[0], axis.kernel_size) for axis in space.axes), strict=True)
-    key = lengths, kernel_size, head_dim
-    wanted = _PLANS[kernel].get(key)
-    if space.has_rpb:
-        wanted = _WITH_BIAS[kernel].get(key, wanted)
+    wanted = measured_choice(kernel, space, head_dim)
     return [plan for plan in plans if (plan.row_tile, plan.warps, plan.stages, plan.start_table) == wanted]

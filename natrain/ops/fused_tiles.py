@@ -99,14 +99,16 @@ def box_extent(axis: Axis, rows_are_keys: bool, tile: int) -> int:
 
 
 @functools.lru_cache(maxsize=65536)
-def box_offset(axis: Axis, rows_are_keys: bool, tile: int, warps: int) -> int:
-    """How far a warp's box may begin behind its block's halo."""
-    most = 0
+def box_offsets(axis: Axis, rows_are_keys: bool, tile: int, most_warps: int) -> tuple[int, ...]:
+    """How far a warp's box may begin behind its block's halo, for blocks of 1 to ``most_warps`` warps."""
+    most = torch.zeros(most_warps, dtype=torch.int64)
     for n in axis.group_lengths:
         first, _ = columns_of_rows(axis, n, rows_are_keys)
-        starts = torch.arange(0, n, tile)
-        most = max(most, int((first[starts] - first[starts // (tile * warps) * (tile * warps)]).max()))
-    return most
+        starts = first[::tile]
+        warps = torch.arange(1, most_warps + 1)[:, None]
+        blocks = torch.arange(len(starts)) // warps * warps
+        most = torch.maximum(most, (starts - starts[blocks]).amax(1))
+    return tuple(most.tolist())
 
 
 @dataclass(frozen=True)
@@ -155,15 +157,27 @@ def _most_classes(axis: Axis, rows_are_keys: bool, size: int, count: int, has_rp
     """Runs of equal units in a block of ``count`` units of ``size`` rows, as seen from a unit's first column."""
     most = 1
     for n in axis.group_lengths:
-        first, end = columns_of_rows(axis, n, rows_are_keys)
-        starts = torch.arange(0, n, size * count)
-        unit = (starts[:, None] + torch.arange(count) * size)[..., None]
-        rows = (unit + torch.arange(size)).clamp(max=n - 1)
-        origin = first[unit.clamp(max=n - 1)]
-        kinds = torch.stack([first[rows] - origin, end[rows] - origin, (rows - origin) * has_rpb], -1)
-        changes = (kinds[:, 1:] != kinds[:, :-1]).flatten(2).any(-1)
-        most = max(most, 1 + int(changes.sum(1).max()) if count > 1 else 1)
+        changes = _changes(axis, n, rows_are_keys, size, has_rpb)
+        blocks = -(-n // (size * count))
+        of_block = changes[count - 1 :: count][:blocks] - changes[::count][:blocks]
+        most = max(most, 1 + int(of_block.max()))
     return most
+
+
+_MOST_UNITS = 64  # of a block
+
+
+@functools.lru_cache(maxsize=4096)
+def _changes(axis: Axis, n: int, rows_are_keys: bool, size: int, has_rpb: bool) -> torch.Tensor:
+    """How many units up to each one of a group of n positions differ from the one before; a last block may lack some
+    of its units, which then repeat the last row."""
+    first, end = columns_of_rows(axis, n, rows_are_keys)
+    unit = (torch.arange(-(-n // size) + _MOST_UNITS) * size)[:, None]
+    rows = (unit + torch.arange(size)).clamp(max=n - 1)
+    origin = first[unit.clamp(max=n - 1)]
+    kinds = torch.stack([first[rows] - origin, end[rows] - origin, (rows - origin) * has_rpb], -1)
+    changes = (kinds[1:] != kinds[:-1]).flatten(1).any(1)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), changes.cumsum(0)])
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -13,11 +13,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from natrain.bench.layers import LAYERS
-from natrain.ops import fused_tiles
+from natrain.ops import fused_plan, fused_tiles
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
-from natrain.ops.fused_measured import measured
+from natrain.ops.fused_measured import measured, measured_choice
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan, shared_capacity
-from natrain.ops.problem import Window
+from natrain.ops.problem import Problem, Window
 from tests.ops import oracle
 
 
@@ -106,6 +106,33 @@ def test_every_head_dim_has_a_plan_that_fits(capability, dtype):
             plan = choose_plan(space, Demands.of_forward(head_dim, head_dim, dtype), Device(capability))
             assert plan.shared_bytes <= most and plan.threads * plan.min_blocks <= 2048
             assert plan.grid == plan.splits * space.heads * math.prod(plan.tiles)
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("space", [space for space in SPACES if measured_choice("forward", space, 32) is None], ids=str)
+def test_the_search_finds_what_is_best_of_all(space, head_dim, batch):
+    """Though it leaves most plans out."""
+    space = replace(space, batch=batch)
+    problem = Problem(
+        batch, (56, 56), 2, head_dim, Window((7, 7), (1, 1), (1, 1), (False, False)), torch.half, "cuda", has_rpb=True
+    )
+    forward = Demands.of_forward(head_dim, head_dim, torch.half)
+    ranked = min(candidates(space, forward, Device()), key=lambda plan: (plan.cost, plan.stages, plan.shared_bytes))
+    assert choose_plan(space, forward, Device()) == ranked
+    for demands, entries in ((demands_of_q(problem), 169), (demands_of_kv(problem, 3), 0)):
+        plans = gradient_plans(space, demands, Device(), entries)
+        assert choose_gradient_plan(space, demands, Device(), entries) == min(plans, key=lambda plan: plan.cost)
+
+
+@pytest.mark.parametrize("batch, combinations", [(1, 3), (7, 1), (300, 5), (1024, 1), (64, 3000)])
+def test_images_are_spread_as_if_all_splits_were_tried(batch, combinations):
+    slots, setup = 132, 0.37
+    times = []
+    for splits in range(1, max(1, min(batch, -(-8 * slots // combinations))) + 1):
+        waves = combinations * splits / slots
+        times.append((math.ceil(waves) if waves < 4 else waves + 0.5) * (-(-batch // splits) + setup))
+    assert fused_plan._splits(batch, combinations, slots, setup) == (1 + times.index(min(times)), min(times))
 
 
 def test_no_plan_says_so():
