@@ -164,20 +164,33 @@ class Stream {
   }
 
   __device__ __forceinline__ void fetch() {
+    begin_fetch();
+    end_fetch();
+  }
+
+  // All of a stage that the kernel before does not write.
+  __device__ __forceinline__ void begin_fetch() {
+    if (place.image >= g.batch) return;
+    const int first[3] = {tile.halo_first[0] + place.at[0], tile.halo_first[1] + place.at[1],
+                          tile.halo_first[2] + place.at[2]};
+    const unsigned to = address + stage * STAGE_BYTES;
+    fetch_columns<HEAD_DIM>(to, columns_1, step_1, tile, first[0], first[1], first[2]);
+    fetch_columns<VALUE_DIM>(to + COLUMNS_1_BYTES, columns_2, step_2, tile, first[0], first[1], first[2]);
+    if (!place.is_first()) return;
+    const unsigned at = address + rows_at(rows);
+    fetch_row<HEAD_DIM>(at, row_1);
+    fetch_row<VALUE_DIM>(at + ROWS_1_BYTES, row_2);
+    if constexpr (!ROWS_ARE_KEYS) fetch_row<VALUE_DIM>(at + ROWS_1_BYTES + ROWS_2_BYTES, row_3);
+  }
+
+  __device__ __forceinline__ void end_fetch() {
     if (place.image < g.batch) {
-      const int first[3] = {tile.halo_first[0] + place.at[0], tile.halo_first[1] + place.at[1],
-                            tile.halo_first[2] + place.at[2]};
-      const unsigned to = address + stage * STAGE_BYTES;
-      fetch_columns<HEAD_DIM>(to, columns_1, step_1, tile, first[0], first[1], first[2]);
-      fetch_columns<VALUE_DIM>(to + COLUMNS_1_BYTES, columns_2, step_2, tile, first[0], first[1], first[2]);
-      if constexpr (ROWS_ARE_KEYS) fetch_statistics(to + COLUMNS_1_BYTES + COLUMNS_2_BYTES, first);
-      if (place.is_first()) {
-        const unsigned at = address + rows_at(rows);
-        fetch_row<HEAD_DIM>(at, row_1);
-        fetch_row<VALUE_DIM>(at + ROWS_1_BYTES, row_2);
-        if constexpr (!ROWS_ARE_KEYS) fetch_row<VALUE_DIM>(at + ROWS_1_BYTES + ROWS_2_BYTES, row_3);
-        rows = rows + 1 == STAGES ? 0 : rows + 1;
+      if constexpr (ROWS_ARE_KEYS) {
+        const int first[3] = {tile.halo_first[0] + place.at[0], tile.halo_first[1] + place.at[1],
+                              tile.halo_first[2] + place.at[2]};
+        fetch_statistics(address + stage * STAGE_BYTES + COLUMNS_1_BYTES + COLUMNS_2_BYTES, first);
       }
+      if (place.is_first()) rows = rows + 1 == STAGES ? 0 : rows + 1;
       advance();
       stage = stage + 1 == STAGES ? 0 : stage + 1;
     }

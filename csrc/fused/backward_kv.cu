@@ -32,9 +32,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   Tile of_query = tile;  // the same of a head of q
   of_query.head = tile.head * heads_per_kv(g);
 
+  // Starts while the last blocks of backward_q.cu, whose statistics are awaited where they are read first, still work.
+  let_next_kernel_start();
   Stream stream(args, tile, shared.address);
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; ++i) stream.fetch();
+  if (STAGES > 1) stream.begin_fetch();
   fill_table(bytes, of_query, args.rpb, scale);
 
   const int lane = threadIdx.x % 32;
@@ -49,6 +50,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Offset d_k_row = row_offset(tile, Step(g, args.d_k_at), lane / 2);
   const Offset d_v_row = row_offset(tile, Step(g, args.d_v_at), lane / 2);
   if (RESIDENT) start.to_step(lane_rows, tile.box_first[0], tile.box_first[1], tile.box_first[2]);
+  await_previous_kernel();
+  if (STAGES > 1) stream.end_fetch();
+#pragma unroll
+  for (int i = 1; i < STAGES - 1; ++i) stream.fetch();
 
   Rows<HEAD_DIM> k;
   Rows<VALUE_DIM> v;

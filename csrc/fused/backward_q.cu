@@ -28,8 +28,11 @@ __device__ __forceinline__ void add_diagonals(const float (&d_scores)[2][4], con
   __syncwarp();
   constexpr int COLUMNS = PAIRS_OF_LINES ? 8 : 16, LINES = 16 / COLUMNS;
   constexpr int DIAGONALS = COLUMNS + row_tile(2) - 1, ROW_LINES = row_tile(0) * row_tile(1);
+  // Lines as far apart as two before them meet the same entries, in another round and by another lane.
 #pragma unroll 1
-  for (int i = lane; i < LINES * ROW_LINES * DIAGONALS; i += 32) {
+  for (int first = 0; first < LINES * ROW_LINES * DIAGONALS; first += 32, __syncwarp()) {
+    const int i = first + lane;
+    if (i >= LINES * ROW_LINES * DIAGONALS) continue;
     const int diagonal = i % DIAGONALS - (row_tile(2) - 1), row_line = i / DIAGONALS % ROW_LINES, second = i / (DIAGONALS * ROW_LINES);
     float sum = 0;
 #pragma unroll
@@ -78,6 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   if constexpr (BIAS_GRAD)
     for (int i = threadIdx.x; i < WARPS * ENTRIES; i += THREADS) tables[i] = 0;
 
+  let_next_kernel_start();
   Stream stream(args, tile, shared.address);
 #pragma unroll
   for (int i = 0; i < STAGES - 1; ++i) stream.fetch();

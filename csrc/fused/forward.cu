@@ -364,6 +364,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       const float low = __shfl_sync(WARP, lse[0], lane % 8 * 4), high = __shfl_sync(WARP, lse[1], lane % 8 * 4);
       if (lane < 16 && (stored_rows >> lane & 1)) *lse_of_row = lane < 8 ? low : high;
     }
+    // Queries and outputs share their rows.
+    __syncwarp();
     put_rows<VALUE_DIM>(shared, rows_at, state.out, factor);
     __syncwarp();
     store_rows<VALUE_DIM>(bytes + rows_at, out, out_row, stored_rows);

@@ -99,6 +99,19 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// Programmatic dependent launch (sm_90): the next kernel of the stream may start once every block has said so, if it was
+// launched to; what this kernel writes it sees after it has awaited it. PTX ISA, "griddepcontrol".
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // 2^x and log2(x), within 2 ulp; subnormal results and arguments count as zero. 2^-inf = 0, log2(0) = -inf.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -17,6 +17,32 @@ _Parameters = ctypes.c_char_p * 1
 _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not yet touched the device
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _GRANTED_SHARED = 48 * 1024  # bytes of shared memory a block gets without asking
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_OVERLAP_DRIVER = 12030  # the first whose graphs know overlapping launches
+_OVERLAP_CAPABILITY = (9, 0)
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: an id, 4 bytes of padding and a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_uint), ("padding", ctypes.c_uint), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint),
+    ]
+
+
+# Shared by all launches, which only read it.
+_OVERLAPPING = ctypes.pointer(_LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1))
 
 
 @functools.lru_cache(maxsize=1)
@@ -26,6 +52,14 @@ def _cuda() -> ctypes.CDLL:
         ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
     ]  # fmt: skip
     return cuda
+
+
+@functools.cache
+def can_overlap(device: int) -> bool:
+    """Whether a kernel may start on ``device`` before the one that it follows has ended."""
+    version = driver_version()
+    capability = torch.cuda.get_device_capability(device)
+    return version is not None and version >= _OVERLAP_DRIVER and capability >= _OVERLAP_CAPABILITY
 
 
 @functools.cache
@@ -62,11 +96,15 @@ class CudaKernel:
         self._largest_shared: dict[int, int] = {}
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
 
-    def launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int = 0) -> None:
+    def launch(
+        self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int = 0, overlaps: bool = False
+    ) -> None:
         """Run ``grid`` blocks of ``block`` threads on torch's current stream of ``device``; nothing when grid is 0.
 
         ``arguments`` are the bytes of the kernel's struct. The driver copies them before it returns. ``shared_bytes``:
-        dynamic shared memory of a block.
+        dynamic shared memory of a block. ``overlaps``: it may start as soon as the kernel before it lets it (where
+        ``can_overlap``), and waits itself for what that one writes (programmatic dependent launch, CUDA C++
+        Programming Guide).
 
         Raises:
             RuntimeError: the driver refuses, for example because no block of that device has so much shared memory.
@@ -74,12 +112,12 @@ class CudaKernel:
         if not grid:
             return
         if device == torch._C._cuda_getDevice():
-            self._launch(grid, block, arguments, device, shared_bytes)
+            self._launch(grid, block, arguments, device, shared_bytes, overlaps)
         else:
             with torch.cuda.device(device):
-                self._launch(grid, block, arguments, device, shared_bytes)
+                self._launch(grid, block, arguments, device, shared_bytes, overlaps)
 
-    def _launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int) -> None:
+    def _launch(self, grid: int, block: int, arguments: bytes, device: int, shared_bytes: int, overlaps: bool) -> None:
         function = self._functions.get(device)
         if function is None:
             function = self._find_function(device)
@@ -89,8 +127,13 @@ class CudaKernel:
             self._largest_shared[device] = shared_bytes
         stream = torch._C._cuda_getCurrentRawStream(device)
         # One parameter: the address of the struct, which is that of the bytes.
-        launch = (function, grid, 1, 1, block, 1, 1, shared_bytes, stream, _Parameters(arguments), None)
-        status = _in_context(device, _cuda().cuLaunchKernel, *launch)
+        parameters = _Parameters(arguments)
+        if overlaps:
+            config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, stream, _OVERLAPPING, 1)
+            status = _in_context(device, _cuda().cuLaunchKernelEx, ctypes.byref(config), function, parameters, None)
+        else:
+            launch = (function, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
+            status = _in_context(device, _cuda().cuLaunchKernel, *launch)
         if status:
             _check(status, f"launching {self.name}")
 

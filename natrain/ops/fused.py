@@ -21,7 +21,7 @@ from torch import Tensor
 
 from natrain.jit import cuda
 from natrain.jit.build import BuildSpec
-from natrain.jit.driver import CudaKernel
+from natrain.jit.driver import CudaKernel, can_overlap
 from natrain.ops.dropout import drop_threshold
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, choose_plan
@@ -185,16 +185,18 @@ class _Launch:
     shared_bytes: int
     head: bytes
     tail: bytes
+    overlaps: bool  # the launch before it
 
     @staticmethod
-    def of(part: _Part, tensors: Sequence[Tensor], device: int) -> _Launch:
+    def of(part: _Part, tensors: Sequence[Tensor], device: int, overlaps: bool = False) -> _Launch:
         numbers = [number for x in tensors for number in Layout.of(x).packed]
         plan = part.plan
         tail = struct.pack(f"{len(numbers)}q", *numbers)
-        return _Launch(part.load(device), plan.grid, plan.threads, plan.shared_bytes, part.geometry, tail)
+        return _Launch(part.load(device), plan.grid, plan.threads, plan.shared_bytes, part.geometry, tail, overlaps)
 
     def __call__(self, middle: bytes, device: int) -> None:
-        self.kernel.launch(self.grid, self.threads, self.head + middle + self.tail, device, self.shared_bytes)
+        arguments = self.head + middle + self.tail
+        self.kernel.launch(self.grid, self.threads, arguments, device, self.shared_bytes, self.overlaps)
 
 
 # Keyed by all that a launch depends on but addresses; emptied when shapes keep changing. None: a tensor must be copied.
@@ -351,7 +353,9 @@ class FusedCuda(FusedKernel):
         offset = offset_type(*map(Layout.of, tensors))
         problem = replace(problem, needs_grad=True)
         parts = backward_parts(problem, _constants(problem, offset), _device(device))
-        return tuple(_Launch.of(part, tensors, device) for part in parts), parts[0].plan.grid // problem.heads
+        overlaps = tensors[0].is_cuda and can_overlap(device)
+        launches = [_Launch.of(part, tensors, device, overlaps and index > 0) for index, part in enumerate(parts)]
+        return tuple(launches), parts[0].plan.grid // problem.heads
 
 
 register(FusedCuda())

@@ -104,7 +104,9 @@ class EmulatedKernel:
             bound.restype = ctypes.c_void_p
         self._shared = self._library.emulated_shared_begin(), self._library.emulated_shared_end()
 
-    def launch(self, grid: int, block: int, arguments: bytes, device: int = -1, shared_bytes: int = 0) -> None:
+    def launch(
+        self, grid: int, block: int, arguments: bytes, device: int = -1, shared_bytes: int = 0, overlaps: bool = False
+    ) -> None:
         """Run ``grid`` blocks of ``block`` threads with ``shared_bytes`` of dynamic shared memory, all NaN at first.
 
         Raises:

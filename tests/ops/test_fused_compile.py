@@ -94,7 +94,7 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
     launched = set()
 
     class Recorder:
-        def launch(self, grid, threads, arguments, device, shared_bytes):
+        def launch(self, grid, threads, arguments, device, shared_bytes, overlaps):
             assert grid > 0 and threads % 32 == 0 and shared_bytes > 0
 
     def load(source, name, defines, device):
