@@ -1,0 +1,33 @@
+"""A small grid for compute-sanitizer, forward and backward: `python -m tests.ops.sanitized KERNEL` is what it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from natrain.ops.registry import get_kernel
+from tests.ops import judge
+from tests.ops.grid import CHOSEN, FEATURES, Case
+
+# An odd shape, dilation and stride, causal axes, a window as long as its axis, three dimensions; a wide head; a window
+# whose halo goes through shared memory in parts.
+WIDE = Case(1, (9, 8), 2, 128, (3, 3), (1, 1), (1, 1), (False, False), True)
+LONG = Case(1, (330,), 1, 16, (197,), (1,), (1,), (False,), True)
+CASES = [*(CHOSEN[i] for i in (1, 4, 9, 11, 13, 18)), WIDE, LONG]
+
+
+def main(kernel: str) -> None:
+    cases = [*CASES, *FEATURES[:2], *FEATURES[5:7]] if get_kernel(kernel).limits.key_mask else CASES
+    for case in cases:
+        for dtype in (torch.bfloat16, torch.float32):
+            inputs = judge.Inputs.draw(
+                case, dtype, kv_heads=case.kv_heads, value_dim=case.value_dim, masked=0.2 * case.has_key_mask
+            )
+            judge.outputs(case, inputs, kernel)
+            torch.cuda.synchronize()
+            print(f"{kernel} {case} {dtype}", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
