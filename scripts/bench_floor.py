@@ -1,14 +1,14 @@
-"""What the floor of a layer means for a small one: a copy that moves the same bytes, beside the kernel, in three states
+"""What the floor of a layer means for a small one: a copy that moves the same bytes, beside the kernel, in four states
 of the second-level cache.
 
-The floor in docs/performance.md is bytes over the speed of a large copy. A small copy does not reach that speed, and a
-cache that was emptied by writing is full of lines that somebody has to write back first: natrain/bench/measure.py
-empties it so, as most benchmarks do.
+The floor in docs/performance.md is bytes over the speed of a large copy. A small copy does not reach that speed, and
+what it takes depends on how many lines of the cache somebody has to write back first. natrain/bench/measure.py empties
+the cache by a copy; most benchmarks write a large tensor.
 
     python scripts/bench_floor.py [--layers 14/1 7/1] [--kernel fused] [--dtype bfloat16] [--no-rpb]
 
-Prints microseconds (device time, medians of --runs) of the kernel and of the copy: cache full of written lines, full of
-lines that were only read, and warm.
+Prints microseconds (device time, medians of --runs) of the kernel and of the copy: cache full of written lines, as a
+copy leaves it, full of lines that were only read, and warm.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from collections.abc import Callable
 import torch
 
 from natrain.bench.layers import LAYERS, Layer, calls
-from natrain.bench.measure import on_timing_stream
+from natrain.bench.measure import cache_flush, on_timing_stream
 
-_STATES = ("written", "read", "warm")
+_STATES = ("written", "copied", "read", "warm")
 _HOLD_CYCLES = 1_000_000  # longer than the host takes to enqueue a call
 
 
@@ -36,17 +36,16 @@ def copy_of(layer: Layer, dtype: torch.dtype, tensors: int) -> Callable[[], torc
 
 def times_us(call: Callable[[], object], state: str, runs: int) -> float:
     """Median device time of ``call`` with the cache in that state."""
-    written = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    read = torch.ones(2**28 // 4, device="cuda")
+    large = torch.ones(2**28 // 4, device="cuda")
+    prepare = {"written": lambda: large.fill_(1), "copied": cache_flush(), "read": large.sum, "warm": lambda: None}[
+        state
+    ]
     pairs = []
     with on_timing_stream():
         for _ in range(3):
             call()
         for _ in range(runs):
-            if state != "warm":
-                written.fill_(1)
-            if state == "read":
-                read.sum()
+            prepare()
             torch.cuda._sleep(_HOLD_CYCLES)
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()

@@ -160,20 +160,32 @@ def _hold_cycles(calls: Sequence[Call]) -> int:
     return int(_CLOCK_HZ * (2 * longest + 50e-6))
 
 
+def cache_flush() -> Call:
+    """Replaces all that the second-level cache of the current device holds, by a copy.
+
+    A copy leaves it as steady work does: half of its lines were read, half written and still to be written back. So a
+    call pays for about as much of others' writing as it leaves to others of its own, and a copy of any size takes what
+    its bytes take at the speed of a large one, by which floors are counted. In a cache filled by writing alone a call
+    would write back as much as it reads; in one that was only read it would keep its own writes for free.
+    """
+    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    source = torch.ones(max(2 * cache_bytes, 2**27), dtype=torch.uint8, device="cuda")
+    return functools.partial(torch.empty_like(source).copy_, source)
+
+
 def _event_times(
     turns: Mapping[str, Sequence[Call]], runs: int, warm_cache: bool, is_held: bool
 ) -> dict[str, list[float]]:
     """Milliseconds between two events around each call."""
     holds = {name: _hold_cycles(calls) for name, calls in turns.items()} if is_held else {}
-    cache_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    flush = torch.empty(max(4 * cache_bytes, 2**28), dtype=torch.uint8, device="cuda")
+    flush = None if warm_cache else cache_flush()
     events: dict[str, list] = {name: [] for name in turns}
     torch.cuda.synchronize()
     for run in range(runs):
         for name, calls in turns.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if not warm_cache:
-                flush.fill_(1)
+            if flush is not None:
+                flush()
             if is_held:
                 torch.cuda._sleep(holds[name])
             start.record()
