@@ -20,6 +20,7 @@ constexpr int KY = kernel_size(1), KX = kernel_size(2);
 // Weights are copied into shared memory, where that has room for them (of a warp's queries, or of the halo's).
 constexpr bool IS_STAGED = NATRAIN_IS_STAGED;
 static_assert(!(IS_STAGED && BY_KEY && CHUNKS > 1));
+static_assert(IS_FLOAT || COLUMNS == 16);
 constexpr int X_PITCH = row_pitch(IS_FLOAT), WEIGHTS_PITCH = PITCH * sizeof(Element), OUT_PITCH = row_pitch(false);
 constexpr int WEIGHTS_AT = STAGES * CHUNK * X_PITCH;
 constexpr int WEIGHT_ROWS = !IS_STAGED ? 0 : BY_KEY ? HALO : WARPS * ROWS;
@@ -175,9 +176,9 @@ __device__ __forceinline__ void sum_by_key(const Tile& tile, const KeyRows& rows
 // The warp's rows of sums once more, into `own`, from global memory and over pairs alone: a weight of 0 times a NaN is a NaN,
 // which must not reach rows whose window does not hold it. A function of its own, since it is rare and needs registers.
 __device__ __noinline__ void sum_pairs(const GatherArguments& args, Element* own) {
-  const Tile tile(args.geometry);
+  const Tile tile(args.geometry, SLICES);
   const Element* const weights = tile.origin(args.weights, args.weights_at);
-  const Element* const x_origin = tile.origin(args.x, args.x_at);
+  const Element* const x_origin = tile.origin(args.x, args.x_at) + tile.slice * HEAD_DIM;
   const Step weights_step(args.geometry, args.weights_at), x_step(args.geometry, args.x_at);
   for (int i = tile.lane; i < ROWS * HEAD_DIM; i += 32) {
     const int r = i / HEAD_DIM, component = i % HEAD_DIM;
@@ -207,7 +208,8 @@ __device__ __noinline__ void sum_pairs(const GatherArguments& args, Element* own
 
 __device__ __forceinline__ void gather(const GatherArguments& args) {
   NATRAIN_DYNAMIC_SHARED(shared);
-  const Tile tile(args.geometry);
+  const Tile tile(args.geometry, SLICES);
+  const Element* const x = args.x + tile.slice * HEAD_DIM;
   const unsigned shared_at = shared_address(shared);
   if constexpr (IS_STAGED && BY_KEY)
     fetch_chunk<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.weights, args.weights_at, 0,
@@ -222,12 +224,12 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
   const Step step(args.geometry, args.weights_at);
   if constexpr (BY_KEY) {
     const KeyRows rows(tile, staged, origin, step);
-    for_each_chunk<PIECES, PIECES>(tile, args.geometry, args.x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
+    for_each_chunk<PIECES, PIECES>(tile, args.geometry, x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
       sum_by_key(tile, rows, chunk, stage, shared, sums);
     });
   } else {
     const QueryRows rows(tile, staged, origin, step);
-    for_each_chunk<PIECES, PIECES>(tile, args.geometry, args.x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
+    for_each_chunk<PIECES, PIECES>(tile, args.geometry, x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
       sum_by_query(tile, rows, chunk, stage, shared, sums);
     });
   }
@@ -248,7 +250,7 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
     }
   if (__any_sync(WARP, has_nan)) sum_pairs(args, reinterpret_cast<Element*>(own));
   __syncwarp();
-  store_own<PIECES>(tile, args.geometry, own, OUT_PITCH, args.out, args.out_at);
+  store_own<PIECES>(tile, args.geometry, own, OUT_PITCH, args.out + tile.slice * HEAD_DIM, args.out_at);
 }
 
 }  // namespace natrain

@@ -74,19 +74,19 @@ __device__ __forceinline__ void dot_products(const unsigned (&a)[DEPTHS][4], uns
   }
 }
 
-// A lane's weights of 16 rows and 16 columns, as the left factor of weighted sums: word 2 p + i holds, of row lane / 4 + 8 i,
+// A lane's weights of 16 rows and COLUMNS columns, as the left factor of weighted sums: word 2 p + i holds, of row lane / 4 + 8 i,
 // the columns own_column(lane, p) and, of 16-bit elements, the one after it.
-constexpr int PAIRS = IS_FLOAT ? 4 : 2;
+constexpr int PAIRS = IS_FLOAT ? COLUMNS / 4 : 2;
 __device__ __forceinline__ int own_column(int lane, int p) { return IS_FLOAT ? lane % 4 + 4 * p : lane % 4 * 2 + 8 * p; }
 
 constexpr int BLOCKS = HEAD_DIM / 8;  // of 8 components of a weighted sum
 
-// sums += weights * the 16 rows of D at `columns`.
+// sums += weights * the COLUMNS rows of D at `columns`.
 __device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2 * PAIRS], unsigned columns,
                                               const unsigned char* shared, int lane, float (&sums)[BLOCKS][4]) {
   if constexpr (IS_FLOAT) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < COLUMNS / 8; ++half) {
       const unsigned a[4] = {weights[4 * half], weights[4 * half + 1], weights[4 * half + 2], weights[4 * half + 3]};
       const unsigned char* row = shared + columns + (8 * half + lane % 4) * row_pitch(true) + lane / 4 * 4;
 #pragma unroll

@@ -1,7 +1,8 @@
 // scores[query, slot] = scale * q . k (+ rpb); a slot that is no neighbour, and a row's padding, hold `fill`.
 //
 // A warp collects its 16 rows of scores in shared memory and writes them in 16-byte pieces. Of a long row it holds the slots
-// of one chunk of keys: slots are in the order of keys, so that a chunk continues where the last one ended.
+// of one chunk of keys: slots are in the order of keys, so that a chunk continues where the last one ended. Where the head is
+// cut into slices, the warp's scores of a chunk are sums in registers until its last slice has come.
 #include "products.cuh"
 
 using namespace natrain;
@@ -26,8 +27,9 @@ constexpr int D_PITCH = row_pitch(false);
 constexpr int ENTRIES = (2 * KZ - 1) * (2 * KY - 1) * (2 * KX - 1);
 constexpr bool IS_BIAS_STAGED = NATRAIN_BIAS_BYTES > 0;
 static_assert(!IS_BIAS_STAGED || NATRAIN_BIAS_BYTES >= ENTRIES * sizeof(float));
-// Keys of a chunk or two, then of every warp its queries and its rows of scores, then the bias.
-constexpr int QUERIES_AT = STAGES * CHUNK * D_PITCH, SCORES_AT = QUERIES_AT + WARPS * ROWS * D_PITCH;
+// Keys of a chunk or two (of two slices), then every warp's queries, slice by slice, its rows of scores, then the bias.
+constexpr int BUFFERS = SLICES > 1 ? 2 : STAGES, OWN_BYTES = WARPS * ROWS * D_PITCH;
+constexpr int QUERIES_AT = BUFFERS * CHUNK * D_PITCH, SCORES_AT = QUERIES_AT + SLICES * OWN_BYTES;
 constexpr int BIAS_AT = SCORES_AT + WARPS * ROWS * HELD_PITCH;
 static_assert(BIAS_AT + NATRAIN_BIAS_BYTES == NATRAIN_SHARED_BYTES);
 
@@ -78,25 +80,26 @@ struct Scores {
     if constexpr (CHUNKS == 1) {
       store_own<WEIGHT_PIECES>(tile, g, reinterpret_cast<const unsigned char*>(held), HELD_PITCH, out, at);
     } else {
+      // Each lane reckons for one row, which its pieces then ask.
       const bool is_last = chunk == CHUNKS - 1;
+      const Query query(tile, tile.lane % ROWS);
+      const int own_first = query.held_from(chunk) / PIECE;
+      const int own_end = is_last ? WEIGHT_PIECES : query.held_from(chunk + 1) / PIECE;
+      const OwnRows rows(tile, g, at);
       Element* const origin = tile.origin(out, at);
-      const Step step(g, at);
       // A causal query's slots may end before its row does.
       const int count = is_last && ANY_CAUSAL ? WEIGHT_PIECES : HELD_PIECES;
-      for (int i = tile.lane; i < ROWS * count; i += 32) {
-        const int r = i / count, piece = i % count;
-        if (!tile.has_row(r)) continue;
-        const Query query(tile, r);
-        const int first = query.held_from(chunk) / PIECE;
-        const int end = is_last ? WEIGHT_PIECES : query.held_from(chunk + 1) / PIECE;
-        if (first + piece < end)
-          *reinterpret_cast<uint4*>(origin + step.to_row(tile, r) + (first + piece) * PIECE) =
+      for (int begin = 0; begin < ROWS * count; begin += 32) {
+        const int i = begin + tile.lane, r = min(i / count, ROWS - 1), piece = i % count;
+        const int first = __shfl_sync(WARP, own_first, r), end = __shfl_sync(WARP, own_end, r);
+        const Offset row = __shfl_sync(WARP, rows.offset, r);
+        if (i < ROWS * count && (rows.there >> r & 1) && first + piece < end)
+          *reinterpret_cast<uint4*>(origin + row + (first + piece) * PIECE) =
               piece < HELD_PIECES ? reinterpret_cast<const uint4*>(held)[r * HELD_PIECES + piece] : fill_piece;
       }
       __syncwarp();
       if (tile.lane < ROWS && !is_last) {
-        const Query query(tile, tile.lane);
-        const int next = (query.held_from(chunk + 1) - query.held_from(chunk)) / PIECE;
+        const int next = own_end - own_first;
         uint4* const row = reinterpret_cast<uint4*>(held) + tile.lane * HELD_PIECES;
         if (next > 0) row[0] = next < HELD_PIECES ? row[next] : fill_piece;
       }
@@ -107,9 +110,131 @@ struct Scores {
   }
 };
 
+// Where the scores of the 8 columns from x on go, for the lane's two queries.
+struct Columns {
+  const Query* queries;
+  Element* at[2];         // score of the lane's first column in the first line of either query's window
+  const float* entry[2];  // its bias, were it in line (0, 0)
+  bool holds[2][2];
+
+  __device__ __forceinline__ Columns(const Query (&of)[2], const Scores& scores, int chunk, const float* bias, int lane,
+                                     int first_x)
+      : queries(of) {
+    const int x = first_x + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      at[i] = scores.held + (lane / 4 + 8 * i) * HELD - of[i].held_from(chunk) + (x - of[i].first[2]);
+#if NATRAIN_HAS_RPB
+      entry[i] = bias + (of[i].bias + x);
+#endif
+#pragma unroll
+      for (int j = 0; j < 2; ++j) holds[i][j] = unsigned(x + j - of[i].first[2]) < unsigned(of[i].count[2]);
+    }
+  }
+
+  __device__ __forceinline__ void put(const float (&dots)[4], float scale, int z, int y) const {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Query& query = queries[i];
+      const int slot_z = z - query.first[0], slot_y = y - query.first[1];
+      const bool has_line = unsigned(slot_z) < unsigned(query.count[0]) && unsigned(slot_y) < unsigned(query.count[1]);
+      float score[2] = {dots[2 * i] * scale, dots[2 * i + 1] * scale};
+#if NATRAIN_HAS_RPB
+      const float* line = entry[i] + (z * (2 * KY - 1) + y) * (2 * KX - 1);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (has_line && holds[i][j]) score[j] += line[j];
+#endif
+      Element* const to = at[i] + (slot_z * KY + slot_y) * KX;
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (has_line && holds[i][j]) to[j] = narrow<Element>(score[j]);
+    }
+  }
+};
+
+// Lines of a warp's box in a chunk, and groups of 8 columns of a line, at most.
+constexpr int CHUNK_LINES = CHUNKS > 1 && HAS_LINES ? CHUNK / halo(2) : NATRAIN_BOX_Z * NATRAIN_BOX_Y;
+constexpr int X_BLOCKS = (CHUNKS > 1 && !HAS_LINES ? CHUNK : NATRAIN_BOX_X) / 8;
+// Of the halo, the last column at which a group of 8 begins.
+constexpr int X_LAST = halo(2) - 8;
+
+// Visits (line, z, y) of every line of the warp's box in a chunk; `line` is known when compiled, so that what is kept of a
+// line stays in registers. Where the halo is one chunk also lines past the box of a warp at a border, which are no query's:
+// products without a branch in between overlap.
+template <class Visit>
+__device__ __forceinline__ void for_each_kept_line(const Tile& tile, int chunk, Visit visit) {
+#pragma unroll
+  for (int line = 0; line < CHUNK_LINES; ++line) {
+    const int in_halo = chunk * CHUNK_LINES + line;
+    const int z = CHUNKS > 1 ? in_halo / halo(1) : tile.box_first[0] + line / NATRAIN_BOX_Y;
+    const int y = CHUNKS > 1 ? in_halo % halo(1) : tile.box_first[1] + line % NATRAIN_BOX_Y;
+    if (!HAS_LINES) {
+      visit(line, 0, 0);
+    } else if (CHUNKS == 1 || (z >= tile.box_first[0] && z < tile.box_end[0] && y >= tile.box_first[1] && y < tile.box_end[1])) {
+      visit(line, z, y);
+    }
+  }
+}
+
+// Scores of the warp's rows, chunk after chunk and of each slice after slice; `columns(chunk, x)` knows where those of 8
+// columns go, `flush(chunk)` what to do when a chunk's are there.
+template <class ColumnsOf, class Flush>
+__device__ __forceinline__ void score_slices(const Arguments& args, const Tile& tile, unsigned shared, float scale,
+                                             ColumnsOf columns, Flush flush) {
+  const unsigned queries_at = shared + QUERIES_AT + tile.warp * ROWS * D_PITCH;
+  const auto fetch = [&](int chunk, int slice) {
+    fetch_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k + slice * HEAD_DIM, args.k_at, chunk,
+                                    shared + (chunk * SLICES + slice) % 2 * CHUNK * D_PITCH, D_PITCH);
+    cp_async_commit();
+  };
+#pragma unroll 1
+  for (int slice = 0; slice < SLICES; ++slice)
+    fetch_own<PIECES, 2 * DEPTHS>(tile, args.geometry, args.q + slice * HEAD_DIM, args.q_at, queries_at + slice * OWN_BYTES,
+                                  D_PITCH);
+  fetch(0, 0);
+#pragma unroll 1
+  for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+    const int first = first_x(tile, chunk), end = end_x(tile, chunk);
+    float dots[CHUNK_LINES][X_BLOCKS][4] = {};
+#pragma unroll 1
+    for (int slice = 0; slice < SLICES; ++slice) {
+      cp_async_wait<0>();
+      // Also: all warps are done with the slice before, whose place the next one takes.
+      __syncthreads();
+      if (slice + 1 < SLICES) {
+        fetch(chunk, slice + 1);
+      } else if (chunk + 1 < CHUNKS) {
+        fetch(chunk + 1, 0);
+      }
+      if (!tile.is_active) continue;
+      unsigned a[DEPTHS][4];
+      load_left(queries_at + slice * OWN_BYTES, tile.lane, a);
+      for_each_kept_line(tile, chunk, [&](int line, int z, int y) {
+        const int row = CHUNKS > 1 ? (z * halo(1) + y) * halo(2) - chunk * CHUNK
+                                   : (min(z, halo(0) - 1) * halo(1) + min(y, halo(1) - 1)) * halo(2);
+        const unsigned buffer = shared + ((chunk * SLICES + slice) % 2 * CHUNK + row) * D_PITCH;
+#pragma unroll
+        for (int block = 0; block < X_BLOCKS; ++block) {
+          const int x = first + 8 * block, in_line = CHUNKS > 1 ? x : min(x, X_LAST);
+          if (CHUNKS == 1 || x < end) dot_products(a, buffer + in_line * D_PITCH, tile.lane, dots[line][block]);
+        }
+      });
+    }
+    if (!tile.is_active) continue;
+#pragma unroll
+    for (int block = 0; block < X_BLOCKS; ++block) {
+      if (first + 8 * block >= end) continue;
+      const Columns to = columns(chunk, first + 8 * block);
+      for_each_kept_line(tile, chunk, [&](int line, int z, int y) { to.put(dots[line][block], scale, z, y); });
+    }
+    flush(chunk);
+  }
+}
+
 extern "C" __global__ void NATRAIN_GEMM_BOUNDS natrain_gemm_qk(const __grid_constant__ Arguments args) {
   NATRAIN_DYNAMIC_SHARED(shared);
-  const Tile tile(args.geometry);
+  const Tile tile(args.geometry, 1);
   const unsigned keys_at = shared_address(shared);
   const unsigned queries_at = keys_at + QUERIES_AT + tile.warp * ROWS * D_PITCH;
   union {
@@ -119,62 +244,41 @@ extern "C" __global__ void NATRAIN_GEMM_BOUNDS natrain_gemm_qk(const __grid_cons
   for (int i = 0; i < PIECE; ++i) fill.elements[i] = narrow<Element>(float(args.fill));
   const Scores scores = {reinterpret_cast<Element*>(shared + SCORES_AT + tile.warp * ROWS * HELD_PITCH), fill.piece};
 
-  fetch_own<PIECES, 2 * DEPTHS>(tile, args.geometry, args.q, args.q_at, queries_at, D_PITCH);
+  if constexpr (SLICES == 1) fetch_own<PIECES, 2 * DEPTHS>(tile, args.geometry, args.q, args.q_at, queries_at, D_PITCH);
   scores.fill(tile.lane, 0);
   const Query queries[2] = {Query(tile, tile.lane / 4), Query(tile, tile.lane / 4 + 8)};
   const float scale = float(args.scale);
+  const float* bias = nullptr;
 #if NATRAIN_HAS_RPB
-  const float* bias = args.rpb + tile.head * (long long)ENTRIES;
+  bias = args.rpb + tile.head * (long long)ENTRIES;
   if constexpr (IS_BIAS_STAGED) {
     float* const staged = reinterpret_cast<float*>(shared + BIAS_AT);
     for (int i = threadIdx.x; i < ENTRIES; i += THREADS) staged[i] = __ldg(bias + i);
     bias = staged;
   }
 #endif
+  const auto columns = [&](int chunk, int x) { return Columns(queries, scores, chunk, bias, tile.lane, x); };
 
-  unsigned a[DEPTHS][4];
-  for_each_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k, args.k_at, keys_at, D_PITCH, [&](int chunk, int stage) {
-    if (chunk == 0) load_left(queries_at, tile.lane, a);
-    Element* rows[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) rows[i] = scores.held + (tile.lane / 4 + 8 * i) * HELD - queries[i].held_from(chunk);
-    for (int block = first_x(tile, chunk); block < end_x(tile, chunk); block += 8) {
-      const int x = block + tile.lane % 4 * 2;
-      Element* at[2];  // score of column x in the first line of either query's window
-      const float* entry[2];  // its bias, were it in line (0, 0)
-      bool holds[2][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        at[i] = rows[i] + (x - queries[i].first[2]);
-#if NATRAIN_HAS_RPB
-        entry[i] = bias + (queries[i].bias + x);
-#endif
-#pragma unroll
-        for (int j = 0; j < 2; ++j) holds[i][j] = unsigned(x + j - queries[i].first[2]) < unsigned(queries[i].count[2]);
-      }
-      for_each_line(tile, chunk, block, [&](int z, int y, int row) {
-        float dots[4] = {};
-        dot_products(a, keys_at + (stage + row) * D_PITCH, tile.lane, dots);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const Query& query = queries[i];
-          const int slot_z = z - query.first[0], slot_y = y - query.first[1];
-          const bool has_line = unsigned(slot_z) < unsigned(query.count[0]) && unsigned(slot_y) < unsigned(query.count[1]);
-          float score[2] = {dots[2 * i] * scale, dots[2 * i + 1] * scale};
-#if NATRAIN_HAS_RPB
-          const float* line = entry[i] + (z * (2 * KY - 1) + y) * (2 * KX - 1);
-#pragma unroll
-          for (int j = 0; j < 2; ++j)
-            if (has_line && holds[i][j]) score[j] += line[j];
-#endif
-          Element* const to = at[i] + (slot_z * KY + slot_y) * KX;
-#pragma unroll
-          for (int j = 0; j < 2; ++j)
-            if (has_line && holds[i][j]) to[j] = narrow<Element>(score[j]);
-        }
-      });
-    }
+  const auto flush = [&](int chunk) {
     __syncwarp();
     scores.flush(tile, args.geometry, chunk, args.scores, args.scores_at);
-  });
+  };
+
+  if constexpr (SLICES > 1) {
+    score_slices(args, tile, keys_at, scale, columns, flush);
+  } else {
+    unsigned a[DEPTHS][4];
+    for_each_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k, args.k_at, keys_at, D_PITCH, [&](int chunk, int stage) {
+      if (chunk == 0) load_left(queries_at, tile.lane, a);
+      for (int x = first_x(tile, chunk); x < end_x(tile, chunk); x += 8) {
+        const Columns to = columns(chunk, x);
+        for_each_line(tile, chunk, x, [&](int z, int y, int row) {
+          float dots[4] = {};
+          dot_products(a, keys_at + (stage + row) * D_PITCH, tile.lane, dots);
+          to.put(dots, scale, z, y);
+        });
+      }
+      flush(chunk);
+    });
+  }
 }

@@ -1,18 +1,20 @@
 // Who works on what in the gemm kernels, and how tokens come into shared memory.
 //
 // A warp owns 16 *rows*: adjacent tokens of one head and dilation group, a box of row_tile() extents. The tokens of the
-// other side that any of them reaches, the *columns*, lie in a box too. A product of 16 rows with the box's columns, 16 at a
-// time, holds every (query, key) pair of those rows and some that are none; pairs are told apart where weights are read or
+// other side that any of them reaches, the *columns*, lie in a box too. A product of 16 rows with COLUMNS of the box's columns
+// at a time holds every (query, key) pair of those rows and some that are none; pairs are told apart where weights are read or
 // written. Rows are queries in qk and av, keys in inverse (BY_KEY). The warps of a block stand next to each other, and the
 // union of their boxes, the *halo*, is fetched into shared memory once.
 //
 // A halo that is too large goes through shared memory in *chunks*, runs of CHUNK columns in row-major order: whole lines, or
-// parts of the only line. The next chunk is fetched while one is worked on.
+// parts of the only line. The next chunk is fetched while one is worked on. A wide head is cut into *slices* of HEAD_DIM
+// components: av and inverse give each to a block of its own, qk takes them one after another.
 //
 // Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_RANK, NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_PITCH (elements
 // from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
 // NATRAIN_BY_KEY, NATRAIN_ROW_Z.., NATRAIN_WARPS_Z.., NATRAIN_HALO_Z.. (of which every line of
-// every box has a multiple of 16 columns), NATRAIN_CHUNK.
+// every box has a multiple of COLUMNS columns), NATRAIN_CHUNK, NATRAIN_SLICES, NATRAIN_COLUMNS (16, or 8 where float32 or a
+// sliced qk does with fewer).
 #pragma once
 
 #include "intrinsics.cuh"
@@ -28,12 +30,13 @@ NATRAIN_PER_AXIS(int, row_tile, ROW)
 NATRAIN_PER_AXIS(int, warps, WARPS)
 NATRAIN_PER_AXIS(int, halo, HALO)
 
-constexpr int HEAD_DIM = NATRAIN_HEAD_DIM, PITCH = NATRAIN_PITCH;
+constexpr int SLICES = NATRAIN_SLICES, HEAD_DIM = NATRAIN_HEAD_DIM / SLICES, PITCH = NATRAIN_PITCH;
+static_assert(HEAD_DIM * SLICES == NATRAIN_HEAD_DIM);
 constexpr bool BY_KEY = NATRAIN_BY_KEY;
 // Axes that a problem of lower rank lacks cost nothing.
 __device__ constexpr bool has_axis(int axis) { return axis >= 3 - NATRAIN_RANK; }
 constexpr int NEIGHBORS = kernel_size(0) * kernel_size(1) * kernel_size(2);
-constexpr int ROWS = 16, COLUMNS = 16;  // of one product
+constexpr int ROWS = 16, COLUMNS = NATRAIN_COLUMNS;  // of one product
 constexpr int WARPS = warps(0) * warps(1) * warps(2), THREADS = 32 * WARPS;
 constexpr int HALO = halo(0) * halo(1) * halo(2);
 constexpr int CHUNK = NATRAIN_CHUNK, CHUNKS = (HALO + CHUNK - 1) / CHUNK, STAGES = CHUNKS > 1 ? 2 : 1;
@@ -65,20 +68,23 @@ __device__ __forceinline__ int last_column(int axis, int row, int n) {
 
 // Positions are those of one dilation group.
 struct Tile {
-  int lane, warp, batch, head;
+  int lane, warp, batch, head, slice;
   int group[3], length[3];       // dilation group, tokens in it
   int warp_first[3];             // first row
   int halo_first[3];             // first column of the block
   int box_first[3], box_end[3];  // columns of the warp, counted from halo_first
   bool is_active;                // the warp has a row
 
-  __device__ __forceinline__ explicit Tile(const Geometry& g) {
+  // `slices`: of a head, that blocks of their own take.
+  __device__ __forceinline__ Tile(const Geometry& g, int slices) {
     lane = threadIdx.x % 32;
     warp = threadIdx.x / 32;
     int index = warp;
     unsigned block = blockIdx.x;
     is_active = true;
-    // Heads lie next to each other in memory, then dilation groups.
+    // Slices of a head lie next to each other in memory, then heads, then dilation groups.
+    slice = block % slices;
+    block /= slices;
     head = block % g.heads;
     block /= g.heads;
 #pragma unroll

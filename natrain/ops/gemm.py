@@ -56,6 +56,8 @@ def gemm_defines(
         "NATRAIN_BY_KEY": int(primitive == "inverse"),
         "NATRAIN_HAS_RPB": int(has_rpb),
         "NATRAIN_IS_STAGED": int(tiling.is_staged),
+        "NATRAIN_SLICES": tiling.slices,
+        "NATRAIN_COLUMNS": tiling.columns,
         "NATRAIN_CHUNK": tiling.chunk,
         "NATRAIN_HELD": tiling.held,
         "NATRAIN_BIAS_BYTES": tiling.bias_bytes,
@@ -63,7 +65,7 @@ def gemm_defines(
         "NATRAIN_TERMS": terms,
         "NATRAIN_SHARED_BYTES": tiling.shared_bytes,
     }
-    for name, values in (("ROW", tiling.row), ("WARPS", tiling.warps), ("HALO", tiling.halo)):
+    for name, values in (("ROW", tiling.row), ("WARPS", tiling.warps), ("HALO", tiling.halo), ("BOX", tiling.box)):
         for axis, value in zip("ZYX", values, strict=True):
             defines[f"NATRAIN_{name}_{axis}"] = value
     return defines
@@ -99,6 +101,8 @@ def _plan(
     middle = struct.Struct("2d4Q" if primitive == "qk" else "d3Q")
     tail = struct.pack("15q", *(number for layout in layouts for number in layout.packed))
     blocks = batch * heads * math.prod(t * d for t, d in zip(tiling.tiles, dilation, strict=True))
+    if primitive != "qk":
+        blocks *= tiling.slices
     return Plan(kernel, blocks, tiling.threads, middle, head, tail, tiling.shared_bytes)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,14 @@ from natrain.ops.geometry import ACCESS_BYTES, three_axes, under_no_mode, weight
 from natrain.ops.problem import Window
 from natrain.ops.window import window_bounds
 
-ROWS = COLUMNS = 16  # of one product
+ROWS = 16  # of one product, and its most columns
 SHARED_BYTES = 227 * 1024  # the most of a block, sm_90
 _ROW_TILES = (1, 2, 4, 8, 16)
 _WARPS = (1, 2, 4, 8)
 _MOST_BIAS_BYTES = 8 * 1024
-_REGISTERS = 65536  # of a multiprocessor
+_LINE_BYTES = 128
+_REGISTERS, _MOST_WARPS = 65536, 48  # of a multiprocessor
+_MOST_SUMS = 64  # registers that qk gives to scores
 
 
 @functools.lru_cache(maxsize=256)
@@ -62,7 +65,9 @@ class GemmTiling:
 
     Attributes:
         row, warps: tokens of a warp's rows, warps of a block, along z, y, x.
-        halo: columns that a block reaches.
+        halo, box: columns that a block and a warp reach.
+        slices: parts of head_dim: blocks of their own in av and inverse, one after another in qk.
+        columns: of one product, 8 or 16.
         chunk: of them, in shared memory at once (and as many again on their way, where that is not all).
         held: scores of a row that qk holds in shared memory.
         is_staged: av and inverse read weights from shared memory.
@@ -74,6 +79,9 @@ class GemmTiling:
     row: tuple[int, int, int]
     warps: tuple[int, int, int]
     halo: tuple[int, int, int]
+    box: tuple[int, int, int]
+    slices: int
+    columns: int
     chunk: int
     held: int
     is_staged: bool
@@ -93,16 +101,32 @@ class _Primitive:
     """What the size of shared memory and the cost depend on besides the tiling."""
 
     name: str
-    head_dim: int
+    head_dim: int  # of a slice
+    slices: int
+    columns: int
     itemsize: int
     pitch: int  # of a row of weights, elements
     line_slots: int  # of a line of a window: its extent along x
     bias_bytes: int  # of a head's bias in shared memory
 
+    def registers(self, sums: int) -> int:
+        """That a thread does with: those of D sums or of D's factors, of scores that are kept, and the rest."""
+        return 80 + self.head_dim // 2 + sums
+
     @property
-    def registers(self) -> int:
-        """That a thread does with: those of D sums or of D's factors, and the rest."""
-        return 80 + self.head_dim // 2
+    def is_summed(self) -> bool:
+        """A warp keeps its scores of a chunk in registers until the last slice has come."""
+        return self.name == "qk" and self.slices > 1
+
+    def sums(self, halo: tuple[int, int, int], box: tuple[int, int, int], chunk: int) -> int:
+        """Registers of a thread that hold its scores of a chunk, where they are kept until the last slice has come."""
+        if not self.is_summed:
+            return 0
+        if chunk == math.prod(halo):
+            columns = math.prod(box)
+        else:
+            columns = chunk if halo[0] * halo[1] == 1 else chunk // halo[2] * box[2]
+        return columns // 8 * 4
 
     @property
     def row_bytes(self) -> int:
@@ -123,34 +147,45 @@ class _Primitive:
 
     def shared_bytes(self, halo: tuple[int, int, int], chunk: int, held: int, rows: int, is_staged: bool) -> int:
         columns = math.prod(halo)
-        stages = 1 if chunk == columns else 2
+        stages = 1 if chunk == columns and not self.is_summed else 2
         if self.name == "qk":
             row = self.shared_row(False)
-            return stages * chunk * row + rows * (row + held * self.itemsize) + self.bias_bytes
+            queries = rows * row * self.slices
+            return stages * chunk * row + queries + rows * held * self.itemsize + self.bias_bytes
         fetched = stages * chunk * self.shared_row(self.itemsize == 4)
         if is_staged:
             # Reads go past the last row by a line at most.
-            slack = -(-(halo[2] + COLUMNS) * self.itemsize // 16) * 16
+            slack = -(-(halo[2] + self.columns) * self.itemsize // 16) * 16
             fetched += (columns if self.name == "inverse" else rows) * self.pitch * self.itemsize + slack
         return max(fetched, rows * self.shared_row(False))
 
-    def cost(
-        self, box: int, halo: int, chunk: int, warps: int, is_staged: bool, shared: int, most_shared: int
-    ) -> float:
-        """Of one block: products, pieces fetched and stored, and what a multiprocessor with few warps waits for."""
-        products = warps * box / COLUMNS
-        pairs = 60 if self.name == "qk" else 45 if is_staged else 110
+    def cost(self, box: int, halo: int, chunk: int, held: int, warps: int, is_staged: bool, blocks: int) -> float:
+        """Of one block where a multiprocessor holds so many: instructions of its warps, the more the fewer there are to
+        hide each other's latencies. Fitted to what scripts/bench_gemm_plans.py measured on an H100."""
+        is_qk, passes, chunks = self.name == "qk", self.slices if self.is_summed else 1, -(-halo // chunk)
+        products = warps * box / self.columns
+        pairs, per_byte = _PAIR_COST[is_qk, is_staged], 0.13 if is_qk and self.itemsize == 4 else 0.2
+        if self.is_summed:
+            pairs = _SUMMED_PAIR_COST
         weights = warps * ROWS * self.pitch * self.itemsize / ACCESS_BYTES
         if self.name == "inverse" and is_staged:
             weights *= halo / (warps * ROWS)
-        elif self.name != "qk" and not is_staged:
+        elif not is_qk and not is_staged:
             weights = 0
-        pieces = weights + (halo + warps * ROWS) * self.row_bytes / ACCESS_BYTES
-        resident = min(48, max(1, most_shared // (shared + 1024)) * warps)
-        work = (
-            products * (pairs + self.row_bytes / 8) + 0.5 * pieces + 150 * warps + 100 * warps * (-(-halo // chunk) - 1)
-        )
-        return work * max(1.0, 20 / resident) ** 0.7
+        pieces = weights + (halo + warps * ROWS) * passes * self.row_bytes / ACCESS_BYTES
+        share = self.columns / 16
+        product = pairs * (0.4 + 0.6 * share) + passes * per_byte * share * self.row_bytes
+        work = products * product + 0.5 * pieces + 120 * warps
+        work += 210 * warps * (chunks * passes - 1)
+        if is_qk and chunks > 1:
+            # What a chunk leaves of 16 rows, 32 pieces at a time.
+            work += 45 * warps * chunks * held * self.itemsize / 32
+        return work * max(1.0, 21 / (blocks * warps)) ** 0.64 * (1 + 0.12 / blocks) + 0.56 * pieces
+
+
+# Instructions of a warp for 16 columns besides the products: (is qk, weights are staged).
+_PAIR_COST = {(True, False): 75, (False, True): 46, (False, False): 97}
+_SUMMED_PAIR_COST = 28  # of 8 columns
 
 
 def _chunks(halo: tuple[int, int, int]) -> list[int]:
@@ -159,6 +194,76 @@ def _chunks(halo: tuple[int, int, int]) -> list[int]:
     if lines == 1:
         return [columns, *(size for size in (64, 128, 256) if size < columns)]
     return [lines * columns, *(columns << i for i in range(7) if 1 << i < lines)]
+
+
+def _slices(head_dim: int, itemsize: int) -> list[int]:
+    """In how many parts a head may go through shared memory: of a whole line of memory each."""
+    return [n for n in (1, 2, 4, 8) if n == 1 or (head_dim % (8 * n) == 0 and head_dim // n * itemsize >= _LINE_BYTES)]
+
+
+def gemm_tilings(
+    primitive: str,
+    spatial: tuple[int, ...],
+    window: Window,
+    head_dim: int,
+    dtype: torch.dtype,
+    has_rpb: bool = False,
+    max_shared_bytes: int = SHARED_BYTES,
+) -> Iterator[GemmTiling]:
+    """Every tiling of qk, av or inverse that fits shared memory."""
+    lengths, dilation, sizes = three_axes(spatial, 1), three_axes(window.dilation, 1), three_axes(window.kernel_size, 1)
+    strides, causal = three_axes(window.stride, 1), three_axes(window.is_causal, False)
+    axes = list(zip(lengths, dilation, sizes, strides, causal, strict=True))
+    pitch = weights_pitch(window.num_neighbors, dtype)
+    bias_bytes = -(-4 * math.prod(window.rpb_shape) // ACCESS_BYTES) * ACCESS_BYTES
+    if not has_rpb or bias_bytes > _MOST_BIAS_BYTES:
+        bias_bytes = 0
+    groups = [-(-length // d) for length, d in zip(lengths, dilation, strict=True)]
+    for slices, columns in itertools.product(_slices(head_dim, dtype.itemsize), (8, 16)):
+        # Half a product is one where float32 is multiplied by 8 columns anyway; kept scores are as few as may be.
+        if columns != (8 if slices > 1 else 16) if primitive == "qk" else columns < 16 and dtype.itemsize < 4:
+            continue
+        need = _Primitive(primitive, head_dim // slices, slices, columns, dtype.itemsize, pitch, sizes[2], bias_bytes)
+        for row, warps in _blocks(groups, len(spatial)):
+            extents = [
+                _extents(*axis, primitive == "inverse", r, w, columns if index == 2 else 1)
+                for index, (axis, r, w) in enumerate(zip(axes, row, warps, strict=True))
+            ]
+            halo, box = (tuple(extent[which] for extent in extents) for which in (0, 1))
+            tiles = tuple(-(-n // (r * w)) for n, r, w in zip(groups, row, warps, strict=True))
+            blocks, size, count = math.prod(tiles) * math.prod(dilation), math.prod(halo), math.prod(warps)
+            for chunk, is_staged in itertools.product(_chunks(halo), (True, False)):
+                # Of inverse the weights belong to the halo; qk writes them.
+                if is_staged and (primitive == "qk" or (primitive == "inverse" and chunk < size)):
+                    continue
+                sums = need.sums(halo, box, chunk)
+                if sums > _MOST_SUMS:
+                    continue
+                held = need.held(halo, chunk)
+                shared = need.shared_bytes(halo, chunk, held, ROWS * count, is_staged)
+                if shared > max_shared_bytes:
+                    continue
+                fit = max(1, max_shared_bytes // (shared + 1024))
+                by_registers = max(1, _REGISTERS // (32 * count * need.registers(sums)))
+                resident = min(fit, by_registers, _MOST_WARPS // count)
+                cost = need.cost(math.prod(box), size, chunk, held, count, is_staged, resident) * blocks
+                yield GemmTiling(
+                    row, warps, halo, box, slices, columns, chunk, held, is_staged, tiles, bias_bytes,
+                    fit if fit <= by_registers else 0, shared,
+                    cost if primitive == "qk" else cost * slices,
+                )  # fmt: skip
+
+
+def _blocks(groups: list[int], rank: int) -> Iterator[tuple[tuple[int, int, int], tuple[int, int, int]]]:
+    """Rows of a warp and warps of a block that dilation groups of that size have use for."""
+    for row in itertools.product(_ROW_TILES, repeat=3):
+        if math.prod(row) != ROWS or math.prod(row[: 3 - rank]) > 1:
+            continue
+        for warps in itertools.product(_WARPS, repeat=3):
+            if math.prod(warps) <= 8 and not any(
+                w > 1 and r * w >= 2 * n for r, w, n in zip(row, warps, groups, strict=True)
+            ):
+                yield row, warps
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,45 +278,5 @@ def choose_gemm_tiling(
     max_shared_bytes: int = SHARED_BYTES,
 ) -> GemmTiling | None:
     """The cheapest tiling of qk, av or inverse, or None where none fits shared memory."""
-    lengths, dilation, sizes = three_axes(spatial, 1), three_axes(window.dilation, 1), three_axes(window.kernel_size, 1)
-    strides, causal = three_axes(window.stride, 1), three_axes(window.is_causal, False)
-    axes = list(zip(lengths, dilation, sizes, strides, causal, strict=True))
-    pitch = weights_pitch(window.num_neighbors, dtype)
-    bias_bytes = -(-4 * math.prod(window.rpb_shape) // ACCESS_BYTES) * ACCESS_BYTES
-    if not has_rpb or bias_bytes > _MOST_BIAS_BYTES:
-        bias_bytes = 0
-    need = _Primitive(primitive, head_dim, dtype.itemsize, pitch, sizes[2], bias_bytes)
-    groups = [-(-length // d) for length, d in zip(lengths, dilation, strict=True)]
-    best = None
-    for row in itertools.product(_ROW_TILES, repeat=3):
-        if math.prod(row) != ROWS or math.prod(row[: 3 - len(spatial)]) > 1:
-            continue
-        for warps in itertools.product(_WARPS, repeat=3):
-            covered = [r * w for r, w in zip(row, warps, strict=True)]
-            if math.prod(warps) > 8 or any(
-                w > 1 and c >= 2 * n for c, w, n in zip(covered, warps, groups, strict=True)
-            ):
-                continue
-            extents = [
-                _extents(*axis, primitive == "inverse", r, w, COLUMNS if index == 2 else 1)
-                for index, (axis, r, w) in enumerate(zip(axes, row, warps, strict=True))
-            ]
-            halo, box = tuple(extent[0] for extent in extents), math.prod(extent[1] for extent in extents)
-            tiles = tuple(-(-n // c) for n, c in zip(groups, covered, strict=True))
-            blocks, size, count = math.prod(tiles) * math.prod(dilation), math.prod(halo), math.prod(warps)
-            for chunk, is_staged in itertools.product(_chunks(halo), (True, False)):
-                # Of inverse the weights belong to the halo; qk writes them.
-                if is_staged and (primitive == "qk" or (primitive == "inverse" and chunk < size)):
-                    continue
-                held = need.held(halo, chunk)
-                shared = need.shared_bytes(halo, chunk, held, ROWS * count, is_staged)
-                if shared > max_shared_bytes:
-                    continue
-                cost = need.cost(box, size, chunk, count, is_staged, shared, max_shared_bytes) * blocks
-                if best is None or cost < best.cost:
-                    fit = max(1, max_shared_bytes // (shared + 1024))
-                    min_blocks = fit if fit * 32 * count * need.registers <= _REGISTERS else 0
-                    best = GemmTiling(
-                        row, warps, halo, chunk, held, is_staged, tiles, bias_bytes, min_blocks, shared, cost
-                    )
-    return best
+    tilings = gemm_tilings(primitive, spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
+    return min(tilings, key=lambda tiling: tiling.cost, default=None)

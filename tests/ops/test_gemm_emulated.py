@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
 
 import natrain
 from natrain.ops import gemm, naive, reference, registry
-from natrain.ops.gemm_plan import choose_gemm_tiling
+from natrain.ops.gemm_plan import choose_gemm_tiling, gemm_tilings
 from natrain.ops.problem import Window
 from tests.emulator.fixture import emulated
 from tests.emulator.guarded import guarded_like
@@ -61,6 +62,53 @@ def test_a_halo_larger_than_shared_memory_goes_in_chunks(case, on_the_cpu, monke
         monkeypatch.setattr(module, "plans", plans)
     check(case, torch.float16)
     assert any(chunked)
+
+
+SLICED = [
+    Case(2, (5, 9), 2, 128, (3, 3), (1, 1), (1, 1), (False, False), True),
+    Case(1, (7, 6), 1, 64, (5, 3), (1, 2), (2, 1), (True, False), True),
+    Case(1, (4, 5, 6), 1, 128, (3, 3, 3), (1, 1, 1), (1, 1, 1), (False, False, False), False),
+    Case(1, (200,), 2, 128, (69,), (2,), (1,), (False,), True),
+]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("slices", [2, 4])
+@pytest.mark.parametrize("case", SLICED, ids=str)
+def test_a_wide_head_goes_in_slices(case, slices, whole, on_the_cpu, monkeypatch):
+    """Every primitive in float32, the halo as a whole or in chunks (a head dim of 64 has two slices at most)."""
+    slices = min(slices, case.head_dim // 32)
+
+    def choose(*problem):
+        tilings = [
+            tiling
+            for tiling in gemm_tilings(*problem)
+            if tiling.slices == slices and (tiling.chunk == math.prod(tiling.halo)) == whole
+        ]
+        assert tilings, f"{problem[0]} has no tiling of {slices} slices"
+        return min(tilings, key=lambda tiling: tiling.cost)
+
+    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
+    plans = {}
+    for module in (gemm, naive):
+        monkeypatch.setattr(module, "plans", plans)
+    check(case, torch.float32)
+
+
+@pytest.mark.parametrize("columns", [8, 16])
+@pytest.mark.parametrize("case", CASES[2::4], ids=str)
+def test_float32_is_multiplied_by_8_or_16_columns(case, columns, on_the_cpu, monkeypatch):
+    def choose(primitive, *problem):
+        tilings = list(gemm_tilings(primitive, *problem))
+        if primitive != "qk":
+            tilings = [tiling for tiling in tilings if tiling.columns == columns]
+        return min(tilings, key=lambda tiling: tiling.cost)
+
+    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
+    plans = {}
+    for module in (gemm, naive):
+        monkeypatch.setattr(module, "plans", plans)
+    check(case, torch.float32)
 
 
 def test_tf32_where_torch_allows_it(on_the_cpu):
