@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from natrain.bench.case import WORDS, Case
-from natrain.bench.estimate import DIRECTIONS, feature_bytes, floor_bytes, flops
+from natrain.bench.estimate import DIRECTIONS, feature_bytes, floor_bytes, flops, unfused_floor_bytes
 from natrain.report import svg
 from natrain.report.blocks import Chart, Section, Table
 
@@ -84,7 +84,11 @@ def geometric_mean(values: Iterable[float]) -> float:
 def sections(results: Results, ceilings: Mapping[str, object]) -> list[Section]:
     """All of a sweep's sections, the headline figures first."""
     found = [
-        Section("Speed-up over the baseline", tuple([*_gains(results), *_distributions(results)]), _GAIN_TEXT),
+        Section(
+            "Speed-up over the baseline",
+            tuple([*_gains(results), *_room(results, ceilings), *_distributions(results)]),
+            _GAIN_TEXT,
+        ),
         Section("Who beats whom", tuple(_wins(results)), _WIN_TEXT),
         Section("Speed-up over window and size", tuple(_heat_maps(results)), _HEAT_TEXT),
         Section("Rates and ceilings", tuple(_rooflines(results, ceilings)), _ROOF_TEXT),
@@ -98,7 +102,10 @@ def sections(results: Results, ceilings: Mapping[str, object]) -> list[Section]:
 
 _GAIN_TEXT = (
     "Gain: the baseline's time over the contender's, less one; over problems the arithmetic mean, minimum and maximum, "
-    "as the paper's tables 3 and 4 give it (arXiv 2403.04690), with the geometric mean of the speed-up beside it."
+    "as the paper's tables 3 and 4 give it (arXiv 2403.04690), with the geometric mean of the speed-up beside it. The "
+    "most that memory lets a kernel gain: a contender that takes what its bytes take at the speed of a copy; one that "
+    "moves q, k, v, out and their gradients once, and one that stores attention weights besides, which the softmax and "
+    "products read and write again."
 )
 _WIN_TEXT = "Percentage of problems on which the row is faster than the column, as in the paper's tables 1 and 2."
 _HEAT_TEXT = (
@@ -151,6 +158,29 @@ def _gains(results: Results) -> list[Table]:
         "within 2 % or faster, %",
     )
     return [Table("gains", f"Gain over {results.baseline}", columns, tuple(rows))]
+
+
+def _room(results: Results, ceilings: Mapping[str, object]) -> list[Table]:
+    """What memory leaves to gain over the baseline, fused and unfused."""
+    bytes_per_s = ceilings.get("copy_bytes_per_s")
+    if not bytes_per_s:
+        return []
+    rows = []
+    for op, dtype, direction in results.groups:
+        times = [
+            (case, own[results.baseline].ms)
+            for (case, which), own in results.times.items()
+            if (case.op, case.dtype_name, which) == (op, dtype, direction) and results.baseline in own
+        ]
+        means = [
+            statistics.fmean(100 * (ms * 1e-3 * bytes_per_s / least(case, direction) - 1) for case, ms in times)
+            for least in (floor_bytes, unfused_floor_bytes)
+            if times
+        ]
+        if means:
+            rows.append((op, dtype, direction, len(times), *(_rounded(mean, 1) for mean in means)))
+    columns = ("op", "dtype", "pass", "problems", "fused, mean gain %", "with weights in memory, mean gain %")
+    return [Table("room", f"The most that memory lets a kernel gain over {results.baseline}", columns, tuple(rows))]
 
 
 def _distributions(results: Results) -> list[Chart]:

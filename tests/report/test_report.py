@@ -71,6 +71,18 @@ def test_gains_in_the_papers_form(folder):
     assert found["fused", "backward"]["problems"] == 3
 
 
+def test_the_most_that_memory_lets_gain(folder):
+    """At 1 TB/s, forward: q, k, v, out of 28x28 are 4 * 28 * 28 * 2 * 32 * 2 bytes, 0.4 us; naive takes 2 and 4 ms."""
+    found = {row["pass"]: row for row in table(build_page([folder]), "room")}
+    feature, pairs = 2 * 32 * 2, 2 * 2  # bytes a token: of q; of a weight for each neighbour
+    floors_s = [(4 * feature + 4 * pairs * k * k) * side * side / 1e12 for side in (28, 56) for k in (3, 7)]
+    gains = [100 * (ms / 1e3 / floor - 1) for ms, floor in zip((2, 4, 1, 8), floors_s, strict=True)]
+    row = found["forward"]
+    assert row["problems"] == 4
+    assert row["with weights in memory, mean gain %"] == pytest.approx(sum(gains) / 4, rel=1e-4)
+    assert row["fused, mean gain %"] > row["with weights in memory, mean gain %"]
+
+
 def test_who_beats_whom(folder):
     """Ties are no win; a problem counts where both have a time."""
     found = {row["faster than"]: row for row in table(build_page([folder]), "wins-na2d-fp16-backward")}
