@@ -145,7 +145,7 @@ class SumColumns {
     if constexpr (sizeof(Element) == 2) {
       address = shared.address + line_offset + matrix % 2 * SECOND_BLOCK<DIM> + Format::at(x + lane % 8, matrix / 2);
     } else {
-      pointer = shared.bytes + line_offset + (x + 2 * (lane % 4)) * Format::PITCH + lane / 4 * 4;
+      pointer = shared.bytes + line_offset + (x + 2 * (lane % 4)) * Format::PITCH;
     }
   }
 
@@ -174,11 +174,21 @@ class SumColumns {
       for (int i = 0; i < 2; ++i) {
         const unsigned a[4] = {__float_as_uint(weights[i][0]), __float_as_uint(weights[i][2]),
                                __float_as_uint(weights[i][1]), __float_as_uint(weights[i][3])};
+        const unsigned char* even = pointer + bytes + i * SECOND_BLOCK<DIM>;
+        // And any order of components: four blocks are the four words of a piece a lane, which put_rows() undoes.
 #pragma unroll
-        for (int block = 0; block < BLOCKS; ++block) {
-          const unsigned char* at = pointer + bytes + i * SECOND_BLOCK<DIM> + block * 32;
-          const unsigned b[2] = {*reinterpret_cast<const unsigned*>(at),
-                                 *reinterpret_cast<const unsigned*>(at + Format::PITCH)};
+        for (int block = 0; block + 4 <= BLOCKS; block += 4) {
+          const unsigned char* piece = even + block * 32 + threadIdx.x % 32 / 4 * 16;
+          const uint4 low = *reinterpret_cast<const uint4*>(piece), high = *reinterpret_cast<const uint4*>(piece + Format::PITCH);
+          const unsigned b[4][2] = {{low.x, high.x}, {low.y, high.y}, {low.z, high.z}, {low.w, high.w}};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) Multiply<Element>::add(sums[block + j], a, b[j]);
+        }
+#pragma unroll
+        for (int block = BLOCKS / 4 * 4; block < BLOCKS; ++block) {
+          const unsigned char* word = even + block * 32 + threadIdx.x % 32 / 4 * 4;
+          const unsigned b[2] = {*reinterpret_cast<const unsigned*>(word),
+                                 *reinterpret_cast<const unsigned*>(word + Format::PITCH)};
           Multiply<Element>::add(sums[block], a, b);
         }
       }
@@ -227,8 +237,19 @@ __device__ __forceinline__ void put_rows(const Shared& shared, unsigned offset, 
                                          const float (&factor)[2]) {
   using Format = RowFormat<DIM>;
   const int row = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+  constexpr int BLOCKS = DIM / 8, BY_FOUR = sizeof(Element) == 4 ? BLOCKS / 4 * 4 : 0;
 #pragma unroll
-  for (int block = 0; block < DIM / 8; ++block) {
+  for (int block = 0; block < BY_FOUR; block += 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float by = factor[i / 2];
+      unsigned char* to = shared.bytes + offset + Format::at(row + i / 2 * 8, 2 * block + 2 * pair + i % 2);
+      *reinterpret_cast<float4*>(to) = make_float4(sums[block][i] * by, sums[block + 1][i] * by, sums[block + 2][i] * by,
+                                                   sums[block + 3][i] * by);
+    }
+  }
+#pragma unroll
+  for (int block = BY_FOUR; block < BLOCKS; ++block) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float low = sums[block][2 * half] * factor[half], high = sums[block][2 * half + 1] * factor[half];

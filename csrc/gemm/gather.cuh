@@ -237,17 +237,7 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
   if (!tile.is_active) return;
 
   unsigned char* const own = shared + tile.warp * ROWS * OUT_PITCH;
-  const float scale = float(args.scale);
-  bool has_nan = false;
-#pragma unroll
-  for (int i = 0; i < 2; ++i)
-#pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      const float pair[2] = {sums[block][2 * i] * scale, sums[block][2 * i + 1] * scale};
-      has_nan = has_nan || pair[0] != pair[0] || pair[1] != pair[1];
-      const int at = (tile.lane / 4 + 8 * i) * OUT_PITCH + (8 * block + tile.lane % 4 * 2) * sizeof(Element);
-      store<2>(reinterpret_cast<Element*>(own + at), pair);
-    }
+  const bool has_nan = put_sums(sums, float(args.scale), tile.lane, own);
   if (__any_sync(WARP, has_nan)) sum_pairs(args, reinterpret_cast<Element*>(own));
   __syncwarp();
   store_own<PIECES>(tile, args.geometry, own, OUT_PITCH, args.out + tile.slice * HEAD_DIM, args.out_at);

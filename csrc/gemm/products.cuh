@@ -88,11 +88,22 @@ __device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2 * PAIR
 #pragma unroll
     for (int half = 0; half < COLUMNS / 8; ++half) {
       const unsigned a[4] = {weights[4 * half], weights[4 * half + 1], weights[4 * half + 2], weights[4 * half + 3]};
-      const unsigned char* row = shared + columns + (8 * half + lane % 4) * row_pitch(true) + lane / 4 * 4;
+      const unsigned char* row = shared + columns + (8 * half + lane % 4) * row_pitch(true);
+      // Any order of components will do: four blocks are the four words of a piece a lane, which put_sums() undoes.
 #pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-        const unsigned b[2] = {*reinterpret_cast<const unsigned*>(row + 32 * block),
-                               *reinterpret_cast<const unsigned*>(row + 4 * row_pitch(true) + 32 * block)};
+      for (int block = 0; block + 4 <= BLOCKS; block += 4) {
+        const unsigned char* piece = row + block * 32 + lane / 4 * 16;
+        const uint4 low = *reinterpret_cast<const uint4*>(piece);
+        const uint4 high = *reinterpret_cast<const uint4*>(piece + 4 * row_pitch(true));
+        const unsigned b[4][2] = {{low.x, high.x}, {low.y, high.y}, {low.z, high.z}, {low.w, high.w}};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) multiply(sums[block + j], a, b[j]);
+      }
+#pragma unroll
+      for (int block = BLOCKS / 4 * 4; block < BLOCKS; ++block) {
+        const unsigned char* word = row + block * 32 + lane / 4 * 4;
+        const unsigned b[2] = {*reinterpret_cast<const unsigned*>(word),
+                               *reinterpret_cast<const unsigned*>(word + 4 * row_pitch(true))};
         multiply(sums[block], a, b);
       }
     }
@@ -114,6 +125,36 @@ __device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2 * PAIR
       }
     }
   }
+}
+
+// The warp's sums, times a factor, as rows of D in shared memory; whether any is a NaN.
+__device__ __forceinline__ bool put_sums(const float (&sums)[BLOCKS][4], float scale, int lane, unsigned char* rows) {
+  constexpr int BY_FOUR = IS_FLOAT ? BLOCKS / 4 * 4 : 0;
+  bool has_nan = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    unsigned char* const row = rows + (lane / 4 + i / 2 * 8) * row_pitch(false);
+#pragma unroll
+    for (int block = 0; block < BY_FOUR; block += 4) {
+      const float piece[4] = {sums[block][i] * scale, sums[block + 1][i] * scale, sums[block + 2][i] * scale,
+                              sums[block + 3][i] * scale};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) has_nan = has_nan || piece[j] != piece[j];
+      *reinterpret_cast<float4*>(row + (2 * block + lane % 4 * 2 + i % 2) * 16) =
+          make_float4(piece[0], piece[1], piece[2], piece[3]);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    unsigned char* const row = rows + (lane / 4 + half * 8) * row_pitch(false);
+#pragma unroll
+    for (int block = BY_FOUR; block < BLOCKS; ++block) {
+      const float pair[2] = {sums[block][2 * half] * scale, sums[block][2 * half + 1] * scale};
+      has_nan = has_nan || pair[0] != pair[0] || pair[1] != pair[1];
+      store<2>(reinterpret_cast<Element*>(row + (8 * block + lane % 4 * 2) * sizeof(Element)), pair);
+    }
+  }
+  return has_nan;
 }
 
 }  // namespace natrain
