@@ -238,7 +238,10 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
 
   unsigned char* const own = shared + tile.warp * ROWS * OUT_PITCH;
   const bool has_nan = put_sums(sums, float(args.scale), tile.lane, own);
-  if (__any_sync(WARP, has_nan)) sum_pairs(args, reinterpret_cast<Element*>(own));
+  if (__any_sync(WARP, has_nan)) {
+    __syncwarp();
+    sum_pairs(args, reinterpret_cast<Element*>(own));
+  }
   __syncwarp();
   store_own<PIECES>(tile, args.geometry, own, OUT_PITCH, args.out + tile.slice * HEAD_DIM, args.out_at);
 }

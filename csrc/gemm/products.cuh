@@ -13,7 +13,8 @@ constexpr int TERMS = NATRAIN_TERMS;
 static_assert(TERMS == 1 || (TERMS == 3 && IS_FLOAT));
 
 // Bytes from one row of D in shared memory to the next. ldmatrix is free of bank conflicts when rows are an odd number of
-// pieces apart; single floats, read for weighted sums, when they are an odd number of 32 bytes apart.
+// pieces apart; what float32 reads for weighted sums, pieces of four rows at once, when they are an odd number of 32 bytes
+// apart.
 __device__ constexpr int row_pitch(bool is_read_by_floats) {
   return is_read_by_floats ? (DEPTHS | 1) * 32 : ((2 * DEPTHS) | 1) * 16;
 }

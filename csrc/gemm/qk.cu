@@ -87,8 +87,8 @@ struct Scores {
       const int own_end = is_last ? WEIGHT_PIECES : query.held_from(chunk + 1) / PIECE;
       const OwnRows rows(tile, g, at);
       Element* const origin = tile.origin(out, at);
-      // A causal query's slots may end before its row does.
-      const int count = is_last && ANY_CAUSAL ? WEIGHT_PIECES : HELD_PIECES;
+      // A causal query's slots may end before its row, or a plane of it, does: what follows in the row is filled too.
+      const int count = ANY_CAUSAL ? WEIGHT_PIECES : HELD_PIECES;
       for (int begin = 0; begin < ROWS * count; begin += 32) {
         const int i = begin + tile.lane, r = min(i / count, ROWS - 1), piece = i % count;
         const int first = __shfl_sync(WARP, own_first, r), end = __shfl_sync(WARP, own_end, r);

@@ -10,11 +10,11 @@
 // parts of the only line. The next chunk is fetched while one is worked on. A wide head is cut into *slices* of HEAD_DIM
 // components: av and inverse give each to a block of its own, qk takes them one after another.
 //
-// Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_RANK, NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_PITCH (elements
-// from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
+// Macros (natrain/ops/gemm_plan.py) besides problem_constants.cuh: NATRAIN_RANK, NATRAIN_DTYPE, NATRAIN_HEAD_DIM (of the whole
+// head), NATRAIN_PITCH (elements from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
 // NATRAIN_BY_KEY, NATRAIN_ROW_Z.., NATRAIN_WARPS_Z.., NATRAIN_HALO_Z.. (of which every line of
-// every box has a multiple of COLUMNS columns), NATRAIN_CHUNK, NATRAIN_SLICES, NATRAIN_COLUMNS (16, or 8 where float32 or a
-// sliced qk does with fewer).
+// every box has a multiple of COLUMNS columns), NATRAIN_CHUNK, NATRAIN_BOX_Z.. (the largest of a warp), NATRAIN_SLICES,
+// NATRAIN_COLUMNS (16, or 8 where float32 or a sliced qk does with fewer).
 #pragma once
 
 #include "intrinsics.cuh"

@@ -42,7 +42,7 @@ class Ahead:
         return [spec for spec in specs if not self._is_built(spec)]
 
     def _is_built(self, spec: BuildSpec) -> bool:
-        """To look for it means to hash all sources, which is done once."""
+        """To look for it means to hash all sources: not again for one that was found."""
         if spec not in self._built and find_built(spec) is not None:
             self._built.add(spec)
         return spec in self._built

@@ -26,7 +26,7 @@ from typing import Any
 
 from natrain.bench.case import WORDS, Case
 from natrain.bench.estimate import DIRECTIONS, RATES, seconds
-from natrain.bench.measure import TIMERS
+from natrain.bench.measure import METHOD, TIMERS
 from natrain.errors import invalid, nearest
 
 _AUTO_S = 3e-3  # of one call, where the batch is chosen
@@ -57,7 +57,7 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """``digest`` is the hash of the yaml and of what was typed on top of it; every row carries it."""
+    """``digest`` is the hash of the yaml, of what was typed on top of it and of how times are taken; rows carry it."""
 
     name: str
     text: str
@@ -127,7 +127,7 @@ def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mappin
     return Plan(
         name=name,
         text=text,
-        digest=hashlib.sha256(f"{text}\0{sorted(changes.items())!r}".encode()).hexdigest()[:12],
+        digest=hashlib.sha256(f"{text}\0{sorted(changes.items())!r}\0{METHOD}".encode()).hexdigest()[:12],
         arms=arms,
         baseline=baseline or names[0],
         cases=tuple(cases),

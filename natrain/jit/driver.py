@@ -56,7 +56,9 @@ def _cuda() -> ctypes.CDLL:
 
 @functools.cache
 def can_overlap(device: int) -> bool:
-    """Whether a kernel may start on ``device`` before the one that it follows has ended."""
+    """Whether a kernel may start on ``device`` (none: -1) before the one that it follows has ended."""
+    if device < 0:
+        return False
     version = driver_version()
     capability = torch.cuda.get_device_capability(device)
     return version is not None and version >= _OVERLAP_DRIVER and capability >= _OVERLAP_CAPABILITY

@@ -353,7 +353,7 @@ class FusedCuda(FusedKernel):
         offset = offset_type(*map(Layout.of, tensors))
         problem = replace(problem, needs_grad=True)
         parts = backward_parts(problem, _constants(problem, offset), _device(device))
-        overlaps = tensors[0].is_cuda and can_overlap(device)
+        overlaps = can_overlap(device)
         launches = [_Launch.of(part, tensors, device, overlaps and index > 0) for index, part in enumerate(parts)]
         return tuple(launches), parts[0].plan.grid // problem.heads
 

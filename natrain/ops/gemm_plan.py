@@ -68,7 +68,7 @@ class GemmTiling:
         halo, box: columns that a block and a warp reach.
         slices: parts of head_dim: blocks of their own in av and inverse, one after another in qk.
         columns: of one product, 8 or 16.
-        chunk: of them, in shared memory at once (and as many again on their way, where that is not all).
+        chunk: columns of the halo in shared memory at once; as many again are on their way, of the next chunk or slice.
         held: scores of a row that qk holds in shared memory.
         is_staged: av and inverse read weights from shared memory.
         bias_bytes: of a head's bias that qk holds there.

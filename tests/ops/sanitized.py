@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from natrain.ops import naive
 from natrain.ops.registry import get_kernel
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, FEATURES, Case
@@ -14,10 +15,23 @@ from tests.ops.grid import CHOSEN, FEATURES, Case
 # whose halo goes through shared memory in parts.
 WIDE = Case(1, (9, 8), 2, 128, (3, 3), (1, 1), (1, 1), (False, False), True)
 LONG = Case(1, (330,), 1, 16, (197,), (1,), (1,), (False,), True)
-CASES = [*(CHOSEN[i] for i in (1, 4, 9, 11, 13, 18)), WIDE, LONG]
+CAUSAL_PLANES = Case(1, (8, 10, 8), 1, 32, (5, 5, 3), (1, 1, 1), (1, 5, 1), (False, True, False), False)
+CASES = [*(CHOSEN[i] for i in (1, 4, 9, 11, 13, 18)), WIDE, LONG, CAUSAL_PLANES]
+
+
+def mistake() -> None:
+    """naive's av once more, into a tensor of one element: what the tool must find."""
+    inputs = judge.Inputs.draw(WIDE, torch.float32)
+    judge.outputs(WIDE, inputs, "naive")
+    plan = next(plan for plan in naive.plans.values() if plan.kernel.name == "natrain_naive_av")
+    weights = torch.rand(1, 9, 8, 2, 16, device="cuda")
+    plan.launch(0, 1.0, weights.data_ptr(), inputs.v.data_ptr(), torch.empty(1, device="cuda").data_ptr())
+    torch.cuda.synchronize()
 
 
 def main(kernel: str) -> None:
+    if kernel == "mistake":
+        return mistake()
     cases = [*CASES, *FEATURES[:2], *FEATURES[5:7]] if get_kernel(kernel).limits.key_mask else CASES
     for case in cases:
         for dtype in (torch.bfloat16, torch.float32):

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import natrain
+from natrain.ops import fused
 from natrain.ops.registry import get_kernel
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, Case, grid
@@ -138,6 +139,28 @@ def test_runs_repeat_bit_by_bit(case):
     first, second = (judge.outputs(case, inputs, "fused") for _ in range(2))
     for name, a, b in zip(inputs.names, first, second, strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("head_dim", [32, 256])
+def test_an_early_start_changes_nothing(head_dim, monkeypatch):
+    """backward_kv behind a backward_q that still runs, also of two launches; eager and from a graph."""
+    case = Case(64, (14, 14), 4, head_dim, (7, 7), (1, 1), (1, 1), (False, False), True)
+    results = []
+    for is_early in (False, True):
+        monkeypatch.setattr(fused, "can_overlap", lambda device, is_early=is_early: is_early)
+        monkeypatch.setattr(fused, "_launches", {})
+        inputs = judge.Inputs.draw(case, torch.bfloat16)
+        results.append(judge.outputs(case, inputs, "fused"))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = judge.outputs(case, inputs, "fused")
+        for x in captured:
+            x.fill_(math.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        results.append(captured)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("case", [NAT, *CHOSEN[::4]], ids=str)

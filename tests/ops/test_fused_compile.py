@@ -113,6 +113,32 @@ def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
     assert launched == {spec.key() for spec in specs(problem, "sm_90a")}
 
 
+@pytest.mark.parametrize("head_dim, overlaps", [(32, [False, False, True]), (256, [False, False, True, True])])
+def test_only_what_awaits_the_kernel_before_may_start_early(head_dim, overlaps, monkeypatch):
+    """Of forward, backward_q and backward_kv the last: its source waits, the others' do not."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, source):
+            self.source = source
+
+        def launch(self, grid, threads, arguments, device, shared_bytes, overlaps):
+            seen.append((self.source, overlaps))
+
+    monkeypatch.setattr(fused, "can_overlap", lambda device: True)
+    monkeypatch.setattr(fused, "_launches", {})
+    fused._load.cache_clear()
+    case = Case(1, (7, 7), 1, head_dim, (7, 7), (1, 1), (1, 1), (False, False), True)
+    inputs = Inputs.draw(case, torch.float16, "cpu")
+    with emulated(get_kernel("fused")):
+        monkeypatch.setattr(cuda, "load", lambda source, *_: Recorder(source))
+        judge.outputs(case, inputs, "fused")
+    fused._load.cache_clear()
+    assert [early for _, early in seen] == overlaps
+    for source, early in seen:
+        assert early == ("await_previous_kernel();" in (cuda.source_root() / source).read_text())
+
+
 def test_reasons_against_a_problem():
     kernel = get_kernel("fused")
     problem = problem_of((14, 14), 2)

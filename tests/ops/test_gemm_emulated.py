@@ -11,6 +11,7 @@ import torch
 import natrain
 from natrain.ops import gemm, naive, reference, registry
 from natrain.ops.gemm_plan import choose_gemm_tiling, gemm_tilings
+from natrain.ops.geometry import weights_pitch
 from natrain.ops.problem import Window
 from tests.emulator.fixture import emulated
 from tests.emulator.guarded import guarded_like
@@ -22,6 +23,8 @@ CASES = [CHOSEN[i] for i in (1, 3, 6, 9, 11, 12, 13, 14, 17, 18, 19)]
 # float32 by three TF32 products is as exact as float32 here; 16 bits round weights and gradients.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-6}
 LONG = Case(1, (330,), 1, 16, (197,), (1,), (1,), (False,), True)
+# Planes of a causal window end before their slots do.
+CAUSAL_PLANES = Case(1, (8, 10, 8), 1, 32, (5, 5, 3), (1, 1, 1), (1, 5, 1), (False, True, False), False)
 LONG_CAUSAL = Case(1, (330,), 1, 8, (190,), (1,), (3,), (True,), True)
 
 
@@ -44,7 +47,7 @@ def test_attention_agrees_with_the_oracle(case, on_the_cpu):
     check(case, list(TOLERANCE)[CASES.index(case) % 3])
 
 
-@pytest.mark.parametrize("case", [LONG, LONG_CAUSAL, *CASES[3:8:2], *CASES[9:]], ids=str)
+@pytest.mark.parametrize("case", [LONG, LONG_CAUSAL, CAUSAL_PLANES, *CASES[3:8:2], *CASES[9:]], ids=str)
 def test_a_halo_larger_than_shared_memory_goes_in_chunks(case, on_the_cpu, monkeypatch):
     """With the least shared memory that any tiling takes, every primitive works on parts of a halo."""
     chunked = []
@@ -64,6 +67,30 @@ def test_a_halo_larger_than_shared_memory_goes_in_chunks(case, on_the_cpu, monke
     assert any(chunked)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [CAUSAL_PLANES, LONG_CAUSAL], ids=str)
+def test_every_slot_of_a_row_is_written(case, dtype, on_the_cpu, monkeypatch):
+    """Scores of a buffer full of NaN, the halo in the smallest chunks there are."""
+
+    def choose(*problem):
+        return min(gemm_tilings(*problem), key=lambda tiling: (tiling.chunk, tiling.cost))
+
+    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
+    plans = {}
+    for module in (gemm, naive):
+        monkeypatch.setattr(module, "plans", plans)
+    q, k, *_ = case.tensors(dtype, requires_grad=False)
+    window = Window(case.kernel_size, case.dilation, case.stride, case.is_causal)
+    pitch = weights_pitch(window.num_neighbors, dtype)
+    scores = torch.full((*q.shape[:-1], pitch), math.nan, dtype=dtype)
+    registry.get_kernel("gemm").write_scores(window, q, k, None, 1.0, -7.0, scores)
+    assert not scores.isnan().any()
+    expected = reference.qk(q.double(), k.double(), None, window, 1.0)
+    expected = expected.masked_fill(expected == -math.inf, -7.0)
+    assert torch.allclose(scores[..., : window.num_neighbors].double(), expected, atol=2e-2, rtol=2e-3)
+    assert (scores[..., window.num_neighbors :] == -7).all()
+
+
 SLICED = [
     Case(2, (5, 9), 2, 128, (3, 3), (1, 1), (1, 1), (False, False), True),
     Case(1, (7, 6), 1, 64, (5, 3), (1, 2), (2, 1), (True, False), True),
@@ -73,11 +100,16 @@ SLICED = [
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("slices", [2, 4])
-@pytest.mark.parametrize("case", SLICED, ids=str)
-def test_a_wide_head_goes_in_slices(case, slices, whole, on_the_cpu, monkeypatch):
-    """Every primitive in float32, the halo as a whole or in chunks (a head dim of 64 has two slices at most)."""
-    slices = min(slices, case.head_dim // 32)
+@pytest.mark.parametrize(
+    "case, dtype, slices",
+    [
+        *((case, torch.float32, slices) for case in SLICED for slices in (2, 4) if case.head_dim // slices >= 32),
+        *((case, (torch.float16, torch.bfloat16)[index % 2], 2) for index, case in enumerate(SLICED[::2])),
+    ],
+    ids=str,
+)
+def test_a_wide_head_goes_in_slices(case, dtype, slices, whole, on_the_cpu, monkeypatch):
+    """Every primitive, the halo as a whole or in chunks."""
 
     def choose(*problem):
         tilings = [
@@ -92,7 +124,7 @@ def test_a_wide_head_goes_in_slices(case, slices, whole, on_the_cpu, monkeypatch
     plans = {}
     for module in (gemm, naive):
         monkeypatch.setattr(module, "plans", plans)
-    check(case, torch.float32)
+    check(case, dtype)
 
 
 @pytest.mark.parametrize("columns", [8, 16])
