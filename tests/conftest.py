@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def shared_data() -> Path:
     if not root.is_dir():
         pytest.skip(f"no real images at {root}; set NATRAIN_TEST_DATA to the folder that holds cifar10/train.parquet")
     return root
+
+
+@pytest.fixture(autouse=True)
+def _precision_stays() -> Iterator[None]:
+    """What a test lets float32 products do, the next one must not inherit."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    after = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(before)
+    assert after == before, f"left torch.set_float32_matmul_precision at {after!r}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

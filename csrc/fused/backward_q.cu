@@ -27,30 +27,32 @@ __device__ __forceinline__ void add_diagonals(const float (&d_scores)[2][4], con
     matrix[(lane / 4 + i % 4 / 2 * 8) * MATRIX_PITCH + i / 4 * 8 + lane % 4 * 2 + i % 2] = d_scores[i / 4][i % 4];
   __syncwarp();
   constexpr int COLUMNS = PAIRS_OF_LINES ? 8 : 16, LINES = 16 / COLUMNS;
-  constexpr int DIAGONALS = COLUMNS + row_tile(2) - 1, ROW_LINES = row_tile(0) * row_tile(1);
+  constexpr int DIAGONALS = COLUMNS + row_tile(2) - 1, ROW_LINES = row_tile(0) * row_tile(1), OF_LINE = ROW_LINES * DIAGONALS;
+  const auto add = [&](int i) {
+    const int diagonal = i % DIAGONALS - (row_tile(2) - 1), row_line = i / DIAGONALS % ROW_LINES, second = i / OF_LINE;
+    float sum = 0;
 #pragma unroll
-  for (int line = 0; line < LINES; ++line) {
-    // A second line meets the entries of the first, by other lanes.
-    if (line > 0) __syncwarp();
-    const int column_z = z + group_line(u, line) / step(1), column_y = y + group_line(u, line) % step(1);
-#pragma unroll 1
-    for (int i = lane; i < ROW_LINES * DIAGONALS; i += 32) {
-      const int diagonal = i % DIAGONALS - (row_tile(2) - 1), row_line = i / DIAGONALS;
-      float sum = 0;
-#pragma unroll
-      for (int row = 0; row < row_tile(2); ++row) {
-        const int column = diagonal + row;
-        if (unsigned(column) < unsigned(COLUMNS)) sum += matrix[(row_line * row_tile(2) + row) * MATRIX_PITCH + line * COLUMNS + column];
-      }
-      const int row[3] = {tile.row_first[0] + row_line / row_tile(1) - tile.halo_first[0],
-                          tile.row_first[1] + row_line % row_tile(1) - tile.halo_first[1], tile.row_first[2] - tile.halo_first[2]};
-      const int at[3] = {bias_index(0, row[0], column_z), bias_index(1, row[1], column_y),
-                         bias_index(2, row[2], x + group_x(u, 0) + diagonal)};
-      bool has = true;
-#pragma unroll
-      for (int axis = 0; axis < 3; ++axis) has = has && unsigned(at[axis]) < unsigned(2 * kernel_size(axis) - 1);
-      if (has) table[(at[0] * BIAS_Y + at[1]) * BIAS_X + at[2]] += sum;
+    for (int row = 0; row < row_tile(2); ++row) {
+      const int column = diagonal + row;
+      if (unsigned(column) < unsigned(COLUMNS)) sum += matrix[(row_line * row_tile(2) + row) * MATRIX_PITCH + second * COLUMNS + column];
     }
+    const int line = group_line(u, second);
+    const int row[3] = {tile.row_first[0] + row_line / row_tile(1) - tile.halo_first[0],
+                        tile.row_first[1] + row_line % row_tile(1) - tile.halo_first[1], tile.row_first[2] - tile.halo_first[2]};
+    const int at[3] = {bias_index(0, row[0], z + line / step(1)), bias_index(1, row[1], y + line % step(1)),
+                       bias_index(2, row[2], x + group_x(u, 0) + diagonal)};
+    bool has = true;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis) has = has && unsigned(at[axis]) < unsigned(2 * kernel_size(axis) - 1);
+    if (has) table[(at[0] * BIAS_Y + at[1]) * BIAS_X + at[2]] += sum;
+  };
+#pragma unroll 1
+  for (int i = lane; i < OF_LINE; i += 32) add(i);
+  if constexpr (LINES > 1) {
+    // Of several lines of rows, the second line meets the entries of the first by other lanes.
+    if (ROW_LINES > 1) __syncwarp();
+#pragma unroll 1
+    for (int i = OF_LINE + lane; i < LINES * OF_LINE; i += 32) add(i);
   }
 }
 

@@ -44,6 +44,7 @@ from natrain.errors import invalid
 from natrain.models import list_models
 from natrain.models.problems import attention_problems
 from natrain.models.registry import default_input
+from natrain.ops.precision import tf32_products
 from natrain.ops.registry import get_kernel
 
 SETTING = ("model", "precision", "compile", "batch", "img_size")
@@ -155,8 +156,15 @@ def run_models(plan: ModelPlan, out: Path, device: str) -> int:
     (out / "plan.yaml").write_text(plan.text, encoding="utf-8")
     with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({**environment(device), "baseline": plan.baseline, "plan": "models"}) + "\n")
-    if device == "cuda":
-        torch.set_float32_matmul_precision("high")
+    with tf32_products(True) if device == "cuda" else nullcontext():
+        _measure(plan, todo, path, device)
+    return 0
+
+
+def _measure(
+    plan: ModelPlan, todo: Sequence[tuple[dict[str, Any], dict[str, list[str]]]], path: Path, device: str
+) -> None:
+    """Append a row to ``path`` for every run of ``todo``: settings and the modes that each kernel lacks."""
     for setting, wanted in todo:
         for found in _run_setting(setting, wanted, plan.runs, device):
             common = {
@@ -175,7 +183,6 @@ def run_models(plan: ModelPlan, out: Path, device: str) -> int:
                 f"{found['mode']}: {found['status']} {shown}",
                 flush=True,
             )
-    return 0
 
 
 @dataclass

@@ -34,6 +34,7 @@ from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import ArmSpec, Plan, parse_changes, read_plan
 from natrain.bench.run_case import DeviceLost, Outcome, Setup, close_calls, run_case
 from natrain.errors import invalid
+from natrain.ops.precision import tf32_products
 
 # What a contender costs besides its timed calls, measured roughly: truth, warm-ups, capture; emptying the caches.
 _OVERHEAD_S = {"cuda": 0.08, "cpu": 0.02}
@@ -138,12 +139,17 @@ def run_sweep(plan: Plan, options: Options) -> int:
     Raises:
         DeviceLost: a kernel broke the device; its row is written, and a new process goes on.
     """
+    if options.device == "cuda":
+        with tf32_products(plan.tf32):
+            return _run(plan, options)
+    if options.threads is not None:
+        pin_threads(options.threads, options.shard[0])
+    return _run(plan, options)
+
+
+def _run(plan: Plan, options: Options) -> int:
     started = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.device == "cuda":
-        torch.set_float32_matmul_precision("high" if plan.tf32 else "highest")
-    elif options.threads is not None:
-        pin_threads(options.threads, options.shard[0])
     missing, ahead = missing_runs(plan, options), Ahead()
     _announce(plan, missing, ahead, options)
     if not missing:

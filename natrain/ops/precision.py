@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 # Torch from 2.9 on keeps one state behind all three settings; its own readers of the older two raise where the newest
@@ -19,3 +22,14 @@ def is_tf32_allowed() -> bool:
     if _fp32_precision is not None:
         return _fp32_precision("cuda", "matmul") == "tf32"
     return torch.backends.cuda.matmul.allow_tf32
+
+
+@contextmanager
+def tf32_products(is_allowed: bool) -> Iterator[None]:
+    """Float32 products on CUDA may use TF32, or may not; afterwards torch's setting is what it was."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

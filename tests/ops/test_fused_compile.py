@@ -84,6 +84,14 @@ def test_the_common_kernels_spill_nothing(stage, ptxas_report):
         assert re.search(r"(\d+) bytes spill stores", ptxas_report(spec))[1] == "0", spec.name
 
 
+def test_four_blocks_of_a_long_window_share_a_multiprocessor(ptxas_report):
+    """backward_q with a bias over 4,096 tokens: a register more than 168 would leave room for three."""
+    window = Window((127,), (1,), (1,), (False,))
+    found = [s for s in specs(problem_of((4096,), 8, window=window, head_dim=64), "sm_90a") if s.name.endswith("_q")]
+    assert len(found) == 1 and ("NATRAIN_WARPS_X", "3") in found[0].defines
+    assert int(re.search(r"Used (\d+) registers", ptxas_report(found[0]))[1]) <= 168
+
+
 def test_a_wide_gradient_is_two_launches():
     entries = [spec.name for spec in specs(problem_of((28, 28), 1, head_dim=256), "sm_90a")]
     assert entries.count("natrain_fused_backward_kv") == 2
