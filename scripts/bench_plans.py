@@ -24,8 +24,9 @@ from natrain.bench import layers
 from natrain.bench.measure import measure
 from natrain.jit import cuda
 from natrain.ops import fused
+from natrain.ops.fused_forward_plan import candidates, choose_plan
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
-from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan
+from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.registry import get_kernel
 
 KERNELS = ("forward", "backward_q", "backward_kv")

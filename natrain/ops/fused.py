@@ -2,7 +2,7 @@
 
 Limits: any rank and window; float16, bfloat16 and float32 (in TF32 where torch allows it, else as three TF32 products);
 head dims that are multiples of 8 up to 256. A call finds its launches by shapes and strides, packs its addresses and
-launches; everything else is decided once (fused_plan.py) and kept.
+launches; everything else is decided once (fused_forward_plan.py, fused_gradient_plan.py) and kept.
 
 Backward launches two kernels. They allocate 8 bytes a query and head between them, and with a bias one table of it for
 every block. Results do not depend on the order of blocks: every run gives the same bits.
@@ -23,8 +23,9 @@ from natrain.jit import cuda
 from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel, can_overlap
 from natrain.ops.dropout import drop_threshold
+from natrain.ops.fused_forward_plan import choose_plan
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q
-from natrain.ops.fused_plan import Demands, Device, Plan, Space, choose_plan
+from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type, window_defines
 from natrain.ops.naive_specs import DTYPES
 from natrain.ops.precision import is_tf32_allowed

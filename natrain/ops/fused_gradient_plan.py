@@ -1,4 +1,4 @@
-"""How the backward kernels of csrc/fused cover a problem: candidates of fused_plan.py, by a cost model of their own.
+"""How the backward kernels of csrc/fused cover a problem: the search of fused_search.py, by costs of their own.
 
 The gradients of k and v compute four products of matrices where forward computes two, that of q three, and the sums of
 the bias gradient fill registers: so what a block holds, how many blocks fit and what a warp costs differ.
@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from natrain.ops.fused_plan import Block, Demands, Device, Draft, Plan, Search, Space
+from natrain.ops.fused_plan import Demands, Device, Plan, Space
+from natrain.ops.fused_search import Block, Draft, Search
 from natrain.ops.geometry import under_no_mode
 from natrain.ops.problem import Problem
 

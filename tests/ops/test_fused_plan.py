@@ -13,10 +13,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from natrain.bench.layers import LAYERS
-from natrain.ops import fused_plan, fused_tiles
+from natrain.ops import fused_search, fused_tiles
+from natrain.ops.fused_forward_plan import candidates, choose_plan
 from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
 from natrain.ops.fused_measured import measured, measured_choice
-from natrain.ops.fused_plan import Demands, Device, Plan, Space, candidates, choose_plan, shared_capacity
+from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
 from natrain.ops.problem import Problem, Window
 from tests.ops import oracle
 
@@ -132,7 +133,7 @@ def test_images_are_spread_as_if_all_splits_were_tried(batch, combinations):
     for splits in range(1, max(1, min(batch, -(-8 * slots // combinations))) + 1):
         waves = combinations * splits / slots
         times.append((math.ceil(waves) if waves < 4 else waves + 0.5) * (-(-batch // splits) + setup))
-    assert fused_plan._splits(batch, combinations, slots, setup) == (1 + times.index(min(times)), min(times))
+    assert fused_search._splits(batch, combinations, slots, setup) == (1 + times.index(min(times)), min(times))
 
 
 def test_no_plan_says_so():

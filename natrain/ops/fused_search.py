@@ -1,0 +1,378 @@
+"""How the best plan of a fused kernel is found: blocks, drafts of what is legal, a model of cost. Pure functions.
+
+Blocks are a row tile, its box and its warps; for each there are drafts of how it may go over its columns. A problem
+has up to 30,000 drafts, so that the search takes the blocks by a bound of their cost and ends where no other can be
+better. What a plan is: fused_plan.py. Models of cost: fused_forward_plan.py, fused_gradient_plan.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from natrain.ops.fused_measured import measured, measured_choice
+from natrain.ops.fused_plan import STAGED_BIAS_BYTES, Demands, Device, Plan, shared_capacity
+from natrain.ops.fused_tiles import (
+    Classes,
+    Space,
+    box_extent,
+    box_offsets,
+    line_multiple,
+    round_up,
+    row_pitch,
+    table_bytes,
+)
+
+_RESERVED_BYTES = 1024  # of every block, by the driver
+_REGISTERS = 65536
+_TABLE_BYTES = 40 * 1024
+_CHUNK_BYTES = 36 * 1024
+_MOST_WARPS = 16  # of a block
+_MOST_RESIDENT_WARPS = 48  # of a multiprocessor, over all of its blocks
+# Of a block before its first image, by kind of table. Measured: 17,000, and 24,000 for the last; tables were then built
+# from global memory entry by entry, which took most of it.
+_SETUP_CYCLES = (10_000, 12_000, 15_000)
+
+
+def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
+    """Extents that are powers of two with product 16, none beyond twice the axis it lies on."""
+    longest = [axis.group_lengths[0] for axis in space.axes]
+    powers = (1, 2, 4, 8, 16)
+    for tile in itertools.product(powers, repeat=3):
+        fits = all(t == 1 or t < 2 * n for t, n in zip(tile, longest, strict=True))
+        if math.prod(tile) == 16 and (fits or tile == (1, 1, 16)):
+            yield tile
+
+
+@functools.lru_cache(maxsize=1024)
+def _warp_boxes(most: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
+    """Warps of a block along each axis, no more than there are row tiles (``most``, at most ``_MOST_WARPS``)."""
+    boxes = [box for box in itertools.product(*(range(1, m + 1) for m in most)) if math.prod(box) <= _MOST_WARPS]
+    # Long rows of D take more than one warp to fetch, even if it has no tile of its own.
+    return tuple(boxes + ([(1, 1, 2), (1, 1, 4)] if max(most) == 1 else []))
+
+
+def _boxes(space: Space, demands: Demands, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
+    z, y, x = (box_extent(axis, demands.rows_are_keys, tile) for axis, tile in zip(space.axes, row_tile, strict=True))
+    if x <= 8:
+        yield z, round_up(y, 2), 8
+    yield z, y, round_up(x, 16)
+
+
+class Block(NamedTuple):
+    """``count`` warps side by side; ``halo``: what their boxes cover together, in whole banks.
+
+    ``tiles`` blocks lie along each axis of a dilation group, ``combinations`` in all groups and heads.
+    """
+
+    row_tile: tuple[int, int, int]
+    warps: tuple[int, int, int]
+    box: tuple[int, int, int]
+    halo: tuple[int, int, int]
+    tiles: tuple[int, int, int]
+    count: int
+    combinations: int
+
+
+class Columns(NamedTuple):
+    """How a block goes over its columns; the fields are those of ``Plan``."""
+
+    chunk: tuple[int, int, int]
+    step: tuple[int, int, int]
+    resident: bool
+    chunked_x: bool
+    start_table: int
+    classes: Classes | None = None
+
+    @property
+    def groups(self) -> int:
+        """16 columns each, of a step."""
+        return math.prod(self.step) // 16
+
+
+class Draft(NamedTuple):
+    """A legal plan before its cost and its splits, which take longer to find than the rest.
+
+    ``computed``: groups of 16 columns that a warp computes; ``fetched``: columns of a block, in ``chunks``.
+    """
+
+    block: Block
+    columns: Columns
+    stages: int
+    min_blocks: int
+    shared_bytes: int
+    table_bytes: int
+    chunks: int
+    computed: int
+    fetched: int
+
+
+class Search(ABC):
+    """The legal plans of a kernel, and the best of them: subclasses are models of cost."""
+
+    def __init__(self, space: Space, demands: Demands, device: Device) -> None:
+        self.space, self.demands, self.device = space, demands, device
+        self._per_multiprocessor, self._per_block = shared_capacity(device.capability)
+        self._pitches = [row_pitch(dim, space.itemsize) for dim in demands.columns] + [demands.column_bytes]
+        self._token_bytes = sum(self._pitches)
+        self._row_buffer = demands.row_buffer(space.itemsize)
+        self._line_multiple = line_multiple(demands.columns, space.itemsize)
+        self._lengths = [axis.group_lengths[0] for axis in space.axes]
+        self._groups_and_heads = space.heads * math.prod(axis.dilation for axis in space.axes)
+
+    @abstractmethod
+    def least_of_block(self, block: Block) -> float:
+        """At most the cost of any draft of this block."""
+
+    @abstractmethod
+    def least(self, draft: Draft) -> float:
+        """At most the cost of the draft; infinite where it is not legal after all."""
+
+    @abstractmethod
+    def finished(self, draft: Draft) -> Plan:
+        """The plan of a draft that is legal."""
+
+    @abstractmethod
+    def rank(self, plan: Plan) -> tuple[float, ...]:
+        """What is least for the best plan."""
+
+    def best(self, kernel: str) -> Plan | None:
+        """The plan that was measured to be best (``kernel`` as in ``measured``), where one was, else that of the least
+        cost; None where none is legal."""
+        head_dim = max(self.demands.columns)
+        if choice := measured_choice(kernel, self.space, head_dim):
+            row_tile, warps, *_ = choice
+            if plans := measured(kernel, self.space, head_dim, self.plans(row_tile, warps)):
+                return min(plans, key=self.rank)
+        return self._cheapest()
+
+    def plans(self, row_tile: tuple | None = None, warps: tuple | None = None) -> Iterator[Plan]:
+        """Every legal plan, or those of one row tile and block."""
+        for block in self._blocks():
+            if row_tile in (None, block.row_tile) and warps in (None, block.warps):
+                for draft in self._drafts(block):
+                    if self.least(draft) < math.inf:
+                        yield self.finished(draft)
+
+    def _cheapest(self) -> Plan | None:
+        """The first of the plans of the least rank, without a look at most of the others."""
+        best, best_rank, limit = None, (math.inf,), math.inf
+        for bound, index, block in sorted((self.least_of_block(b), index, b) for index, b in enumerate(self._blocks())):
+            if bound > limit:
+                break
+            for draft in self._drafts(block):
+                bound = self.least(draft)
+                if bound > limit or bound == math.inf:
+                    continue
+                plan = self.finished(draft)
+                rank = *self.rank(plan), index
+                if rank < best_rank:
+                    # Bounds are sums in another order: they may be a rounding above the cost.
+                    best, best_rank, limit = plan, rank, plan.cost * (1 + 1e-9)
+        return best
+
+    def _blocks(self) -> Iterator[Block]:
+        fewest_warps = max(self.demands.columns) * self.space.itemsize // 16 / 32
+        for row_tile in _row_tiles(self.space):
+            offsets = [
+                box_offsets(axis, self.demands.rows_are_keys, tile, _MOST_WARPS)
+                for axis, tile in zip(self.space.axes, row_tile, strict=True)
+            ]
+            most = tuple(
+                min(-(-length // tile), _MOST_WARPS) for length, tile in zip(self._lengths, row_tile, strict=True)
+            )
+            for box in _boxes(self.space, self.demands, row_tile):
+                for warps in _warp_boxes(most):
+                    if math.prod(warps) >= fewest_warps:
+                        yield self._block(row_tile, warps, box, offsets)
+
+    def _block(self, row_tile: tuple, warps: tuple, box: tuple, offsets: Sequence[tuple[int, ...]]) -> Block:
+        (tile_z, tile_y, tile_x), (warps_z, warps_y, warps_x) = row_tile, warps
+        length_z, length_y, length_x = self._lengths
+        offset_z, offset_y, offset_x = offsets
+        halo_x = round_up(offset_x[warps_x - 1] + box[2], self._line_multiple)
+        tiles = (
+            -(-length_z // (tile_z * warps_z)),
+            -(-length_y // (tile_y * warps_y)),
+            -(-length_x // (tile_x * warps_x)),
+        )
+        return Block(
+            row_tile,
+            warps,
+            box,
+            (offset_z[warps_z - 1] + box[0], offset_y[warps_y - 1] + box[1], halo_x),
+            tiles,
+            warps_z * warps_y * warps_x,
+            self._groups_and_heads * math.prod(tiles),
+        )
+
+    def _drafts(self, block: Block) -> Iterator[Draft]:
+        """Drafts of one block: the halo resident, or in chunks."""
+        row_tile, warps, box, halo, *_ = block
+        table = table_bytes(self.space, row_tile, warps, box[2])
+        has_table = int(table <= _TABLE_BYTES)
+        groups = math.prod(box) // 16
+        if groups <= self.demands.most_groups:
+            if box[0] == self.space.axes[0].kernel_size == 1 and row_tile[1] * warps[1] <= 32:
+                classes = Classes.of(self.space, self.demands.rows_are_keys, row_tile, warps, box)
+                class_bytes = classes.bytes(row_tile, warps, box)
+                if class_bytes <= _TABLE_BYTES:
+                    columns = Columns(halo, box, True, False, 2, classes)
+                    yield from self._with_stages(block, columns, class_bytes, math.prod(halo), groups, 1)
+            if box[0] * box[1] <= 32 and has_table:
+                columns = Columns(halo, box, True, False, 1)
+                yield from self._with_stages(block, columns, table, math.prod(halo), groups, 1)
+        # In chunks, with an online softmax from step to step; fewer columns a step where shared memory holds no more.
+        for step_groups in (4, 2, 1):
+            if step_groups > self.demands.most_groups:
+                continue
+            drafts = list(self._in_lines(block, step_groups, table if has_table else None))
+            if not drafts and box[2] % 16 == 0:
+                drafts = list(self._in_columns(block, step_groups))
+            yield from drafts
+            if drafts:
+                return
+
+    def _in_lines(self, block: Block, step_groups: int, table: int | None) -> Iterator[Draft]:
+        """Chunks of whole lines of the halo. ``table``: bytes of the table of starts, None where it is too large."""
+        box, halo, columns = block.box, block.halo, 16 * step_groups
+        if box[2] > columns or (box[2] == 8 and table is None):
+            return
+        lines = min(columns // box[2], round_up(box[1], 2 if box[2] == 8 else 1))
+        step = (1, lines, box[2])
+        computed = lines * box[2] // 16 * box[0] * -(-box[1] // lines)
+        for steps in range(1, 9):
+            lines_of_chunk, tokens = lines * steps, lines * steps * halo[2]
+            if steps > 1 and (tokens * self._token_bytes > _CHUNK_BYTES or lines_of_chunk >= halo[1] + lines):
+                break
+            chunks = halo[0] * -(-halo[1] // lines_of_chunk)
+            yield from self._with_stages(
+                block,
+                Columns((1, lines_of_chunk, halo[2]), step, False, False, int(table is not None)),
+                self._bias_bytes if table is None else table,
+                chunks * tokens,
+                computed,
+                chunks,
+            )
+
+    def _in_columns(self, block: Block, step_groups: int) -> Iterator[Draft]:
+        """Chunks of a part of a line, wherever a box lies in it."""
+        box, halo, columns = block.box, block.halo, 16 * step_groups
+        chunks = halo[0] * halo[1] * -(-halo[2] // columns)
+        # Groups outside the box are skipped.
+        computed = box[0] * box[1] * (-(-box[2] // 16) + 1)
+        step = (1, 1, columns)
+        yield from self._with_stages(
+            block, Columns(step, step, False, True, 0), self._bias_bytes, chunks * columns, computed, chunks
+        )
+
+    @functools.cached_property
+    def _bias_bytes(self) -> int:
+        """Of the bias in shared memory, where there is no table of starts."""
+        if not self.space.has_rpb:
+            return 0
+        bias = 4 * math.prod(2 * axis.kernel_size - 1 for axis in self.space.axes)
+        return round_up(bias, 16) if bias <= STAGED_BIAS_BYTES else 0
+
+    def _with_stages(
+        self, block: Block, columns: Columns, table: int, fetched: int, computed: int, chunks: int
+    ) -> Iterator[Draft]:
+        """Every number of stages that fits beside ``table`` bytes; the other arguments are those of ``Draft``."""
+        step, tokens = columns.step, math.prod(columns.chunk)
+        stage = block.count * self._row_buffer
+        for pitch in self._pitches:
+            stage += round_up(tokens * pitch, 128)
+        if table + self.demands.fewest_stages * stage > self._per_block:
+            return
+        # Pointers into the table, one a line and half, that the compiler keeps from image to image.
+        pointers = min(2 * step[0] * step[1], 16) if columns.start_table == 1 and columns.resident else 0
+        registers = min(255, self.demands.registers + self.demands.per_group * columns.groups + pointers)
+        most_blocks = min(
+            _REGISTERS // (32 * block.count * round_up(registers, 8)), _MOST_RESIDENT_WARPS // block.count, 16
+        )
+        for stages in range(self.demands.fewest_stages, 4):
+            shared = stages * stage + table
+            min_blocks = min(most_blocks, self._per_multiprocessor // (shared + _RESERVED_BYTES))
+            if shared > self._per_block or min_blocks < 1:
+                break
+            yield Draft(block, columns, stages, min_blocks, shared, table, chunks, computed, fetched)
+
+    def _most_blocks(self, warp_count: int) -> int:
+        """Blocks of so many warps that a multiprocessor holds, whatever else they need, but one at the least."""
+        registers = round_up(min(255, self.demands.registers), 8)
+        return max(1, min(_REGISTERS // (32 * warp_count * registers), _MOST_RESIDENT_WARPS // warp_count, 16))
+
+    def _fewest_chunks(self, block: Block, halo: Sequence[int]) -> float:
+        """Chunks of a halo that is not resident, at the least."""
+        most_lines = max(_CHUNK_BYTES / (block.halo[2] * self._token_bytes), 64 / block.box[2])
+        return halo[0] * max(1, halo[1] / most_lines)
+
+    def _forward_cycles(self, draft: Draft) -> float:
+        """Cycles of a multiprocessor for one image of all its blocks.
+
+        Fitted to 131 measured plans (an H200, 9 layers, 9 % off in the mean) is what a tile, a group of 16 columns and
+        a chunk cost a warp, which four schedulers share; that one block computes in step, that one stage waits for what
+        it fetches and that a third does not pay. The rest was hardly seen there and keeps plans near those measured:
+        registers for pointers into a table, bytes of the second-level cache, spills of the loops over chunks, few
+        warps.
+        """
+        block, columns, stages, min_blocks, _, _, chunks, computed, fetched = draft
+        dims, itemsize, warp_count = sum(self.demands.columns), self.space.itemsize, block.count
+        start = ((70 if self.space.has_rpb else 2), 8, 0)[columns.start_table]
+        words = dims * itemsize / 128
+        work = warp_count * (157 + computed * (46 + start + 49 * words) + 403 * chunks) / 4
+        moved = (fetched + 16 * warp_count) * dims * itemsize / 24
+        cycles = min_blocks * (work + 0.15 * moved)
+        cycles *= (1.06 if min_blocks == 1 else 1) * (1.24, 1, 1.02)[stages - 1]
+        cycles *= (1 if columns.resident else 1.15) * (1.1 if warp_count < 4 else 1)
+        return cycles * max(1, 16 / (min_blocks * warp_count)) ** 0.4
+
+    def _spread(self, draft: Draft, cycles: float) -> tuple[int, float]:
+        """``_splits`` of the draft, whose blocks take ``cycles`` of forward an image."""
+        slots = self.device.multiprocessors * draft.min_blocks
+        return _splits(self.space.batch, draft.block.combinations, slots, setup_images(draft, cycles))
+
+    def _least_images(self, draft: Draft) -> int:
+        """Of a block, for any splits."""
+        slots = self.device.multiprocessors * draft.min_blocks
+        return -(-self.space.batch // _most_splits(self.space.batch, draft.block.combinations, slots))
+
+    def _plan(self, draft: Draft, min_blocks: int, shared_bytes: int, splits: int, cost: float) -> Plan:
+        block, columns, stages, *_ = draft
+        return Plan(
+            block.row_tile, block.warps, block.box, *columns, stages, min_blocks, shared_bytes, block.tiles, splits,
+            block.combinations * splits, self.demands.rows_are_keys, cost,
+        )  # fmt: skip
+
+
+def setup_images(draft: Draft, cycles: float) -> float:
+    """Of a block, in images of ``cycles``."""
+    return round(_SETUP_CYCLES[draft.columns.start_table] / cycles, 2)
+
+
+@functools.lru_cache(maxsize=65536)
+def _splits(batch: int, combinations: int, slots: int, setup: float) -> tuple[int, float]:
+    """Over how many blocks the images of a tile are spread, and the time until the last block ends, in images.
+
+    ``setup``: of a block, in images.
+    """
+    best = None
+    splits, most = 1, _most_splits(batch, combinations, slots)
+    while splits <= most:
+        images = -(-batch // splits)
+        waves = combinations * splits / slots
+        # Beyond a few waves blocks no longer end together.
+        time = (math.ceil(waves) if waves < 4 else waves + 0.5) * (images + setup)
+        if best is None or time < best[1]:
+            best = splits, time
+        # More blocks are no faster until each has an image less.
+        splits = -(-batch // (images - 1)) if images > 1 else most + 1
+    return best
+
+
+def _most_splits(batch: int, combinations: int, slots: int) -> int:
+    return max(1, min(batch, -(-8 * slots // combinations)))
