@@ -27,9 +27,21 @@ def is_tf32_allowed() -> bool:
 @contextmanager
 def tf32_products(is_allowed: bool) -> Iterator[None]:
     """Float32 products on CUDA may use TF32, or may not; afterwards torch's setting is what it was."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if is_allowed else "highest")
+    matmul, was_allowed = torch.backends.cuda.matmul, is_tf32_allowed()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # how torch says that the newest setting was used
+        before = _name_of(was_allowed)
+    newest = getattr(matmul, "fp32_precision", None)
+    torch.set_float32_matmul_precision(_name_of(is_allowed))
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+        # Of two settings that differed the newest is what counts.
+        if is_tf32_allowed() != was_allowed:
+            matmul.fp32_precision = newest
+
+
+def _name_of(is_allowed: bool) -> str:
+    return "high" if is_allowed else "highest"

@@ -31,12 +31,18 @@ NEW = {
 # Torch remembers every setting, so that each gets a process; a fork spares importing torch again.
 SCRIPT = """
 import json, os, sys, torch
-from natrain.ops.precision import is_tf32_allowed
+from natrain.ops.precision import is_tf32_allowed, tf32_products
+def within(is_allowed):
+    with tf32_products(is_allowed):
+        return is_tf32_allowed()
 for settings in json.load(sys.stdin):
     sys.stdout.flush()
     if not os.fork():
         exec(settings)
-        print(json.dumps([settings, is_tf32_allowed()]))
+        found = is_tf32_allowed()
+        assert within(True) and is_tf32_allowed() == found, settings
+        assert not within(False) and is_tf32_allowed() == found, settings
+        print(json.dumps([settings, found]))
         sys.stdout.flush()
         os._exit(0)
     os.wait()
@@ -44,7 +50,7 @@ for settings in json.load(sys.stdin):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_any_of_torchs_settings_is_read():
+def test_any_of_torchs_settings_is_read_and_comes_back():
     expected = {**OLD, **(NEW if hasattr(torch.backends.cuda.matmul, "fp32_precision") else {})}
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT], input=json.dumps([*expected]), capture_output=True, text=True, check=True
