@@ -196,9 +196,18 @@ def _chunks(halo: tuple[int, int, int]) -> list[int]:
     return [lines * columns, *(columns << i for i in range(7) if 1 << i < lines)]
 
 
-def _slices(head_dim: int, itemsize: int) -> list[int]:
-    """In how many parts a head may go through shared memory: of a whole line of memory each."""
-    return [n for n in (1, 2, 4, 8) if n == 1 or (head_dim % (8 * n) == 0 and head_dim // n * itemsize >= _LINE_BYTES)]
+def _products(primitive: str, head_dim: int, itemsize: int) -> Iterator[tuple[int, int]]:
+    """(slices, columns): in how many parts a head may go through shared memory, of a whole line of memory each, and
+    columns of a product."""
+    for slices in (1, 2, 4, 8):
+        if slices > 1 and (head_dim % (8 * slices) or head_dim // slices * itemsize < _LINE_BYTES):
+            continue
+        if primitive == "qk":
+            # Scores that are kept in registers are as few as may be.
+            yield slices, 16 if slices == 1 else 8
+        else:
+            # The tensor core multiplies float32 by 8 columns at a time, 16 bits by 16.
+            yield from ((slices, columns) for columns in ((8, 16) if itemsize == 4 else (16,)))
 
 
 def gemm_tilings(
@@ -219,10 +228,7 @@ def gemm_tilings(
     if not has_rpb or bias_bytes > _MOST_BIAS_BYTES:
         bias_bytes = 0
     groups = [-(-length // d) for length, d in zip(lengths, dilation, strict=True)]
-    for slices, columns in itertools.product(_slices(head_dim, dtype.itemsize), (8, 16)):
-        # Half a product is one where float32 is multiplied by 8 columns anyway; kept scores are as few as may be.
-        if columns != (8 if slices > 1 else 16) if primitive == "qk" else columns < 16 and dtype.itemsize < 4:
-            continue
+    for slices, columns in _products(primitive, head_dim, dtype.itemsize):
         need = _Primitive(primitive, head_dim // slices, slices, columns, dtype.itemsize, pitch, sizes[2], bias_bytes)
         for row, warps in _blocks(groups, len(spatial)):
             extents = [
