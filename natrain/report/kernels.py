@@ -172,13 +172,13 @@ def _room(results: Results, ceilings: Mapping[str, object]) -> list[Table]:
             for (case, which), own in results.times.items()
             if (case.op, case.dtype_name, which) == (op, dtype, direction) and results.baseline in own
         ]
+        if not times:
+            continue
         means = [
             statistics.fmean(100 * (ms * 1e-3 * bytes_per_s / least(case, direction) - 1) for case, ms in times)
             for least in (floor_bytes, unfused_floor_bytes)
-            if times
         ]
-        if means:
-            rows.append((op, dtype, direction, len(times), *(_rounded(mean, 1) for mean in means)))
+        rows.append((op, dtype, direction, len(times), *(_rounded(mean, 1) for mean in means)))
     columns = ("op", "dtype", "pass", "problems", "fused, mean gain %", "with weights in memory, mean gain %")
     return [Table("room", f"The most that memory lets a kernel gain over {results.baseline}", columns, tuple(rows))]
 
