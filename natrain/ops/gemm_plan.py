@@ -164,28 +164,30 @@ class _Primitive:
         hide each other's latencies. Fitted to what scripts/bench_gemm_plans.py measured on an H100."""
         is_qk, passes, chunks = self.name == "qk", self.slices if self.is_summed else 1, -(-halo // chunk)
         products = warps * box / self.columns
-        pairs, per_byte = _PAIR_COST[is_qk, is_staged], 0.13 if is_qk and self.itemsize == 4 else 0.2
-        if self.is_summed:
-            pairs = _SUMMED_PAIR_COST
+        share = self.columns / 16
+        if is_qk:
+            pairs, per_byte = _SCORES_COST[self.is_summed], 0.11 if self.itemsize == 4 else 0.2
+        else:
+            pairs, per_byte = _WEIGHTS_COST[is_staged] * (0.4 + 0.6 * share), 0.2
         weights = warps * ROWS * self.pitch * self.itemsize / ACCESS_BYTES
         if self.name == "inverse" and is_staged:
             weights *= halo / (warps * ROWS)
         elif not is_qk and not is_staged:
             weights = 0
         pieces = weights + (halo + warps * ROWS) * passes * self.row_bytes / ACCESS_BYTES
-        share = self.columns / 16
-        product = pairs * (0.4 + 0.6 * share) + passes * per_byte * share * self.row_bytes
+        product = pairs + passes * per_byte * share * self.row_bytes
         work = products * product + 0.5 * pieces + 120 * warps
         work += 210 * warps * (chunks * passes - 1)
         if is_qk and chunks > 1:
             # What a chunk leaves of 16 rows, 32 pieces at a time.
-            work += 45 * warps * chunks * held * self.itemsize / 32
+            work += 36 * warps * chunks * held * self.itemsize / 32
         return work * max(1.0, 21 / (blocks * warps)) ** 0.64 * (1 + 0.12 / blocks) + 0.56 * pieces
 
 
-# Instructions of a warp for 16 columns besides the products: (is qk, weights are staged).
-_PAIR_COST = {(True, False): 75, (False, True): 46, (False, False): 97}
-_SUMMED_PAIR_COST = 28  # of 8 columns
+# Instructions of a warp besides the products: for 8 columns of scores (are they kept until the last slice), for 16
+# columns of weights (are they staged).
+_SCORES_COST = {False: 29, True: 21}
+_WEIGHTS_COST = {True: 46, False: 97}
 
 
 def _chunks(halo: tuple[int, int, int]) -> list[int]:
@@ -203,10 +205,10 @@ def _products(primitive: str, head_dim: int, itemsize: int) -> Iterator[tuple[in
         if slices > 1 and (head_dim % (8 * slices) or head_dim // slices * itemsize < _LINE_BYTES):
             continue
         if primitive == "qk":
-            # Scores that are kept in registers are as few as may be.
-            yield slices, 16 if slices == 1 else 8
+            # Scores are products of 8 columns in every dtype.
+            yield slices, 8
         else:
-            # The tensor core multiplies float32 by 8 columns at a time, 16 bits by 16.
+            # The tensor core sums float32 over 8 columns at a time, 16 bits over 16.
             yield from ((slices, columns) for columns in ((8, 16) if itemsize == 4 else (16,)))
 
 
