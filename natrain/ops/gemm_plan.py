@@ -159,14 +159,16 @@ class _Primitive:
             fetched += (columns if self.name == "inverse" else rows) * self.pitch * self.itemsize + slack
         return max(fetched, rows * self.shared_row(False))
 
-    def cost(self, box: int, halo: int, chunk: int, held: int, warps: int, is_staged: bool, blocks: int) -> float:
+    def cost(
+        self, box: int, halo: int, chunk: int, held: int, warps: int, is_line: bool, is_staged: bool, blocks: int
+    ) -> float:
         """Of one block where a multiprocessor holds so many: instructions of its warps, the more the fewer there are to
-        hide each other's latencies. Fitted to what scripts/bench_gemm_plans.py measured on an H100."""
+        hide each other's latencies. Fitted to what scripts/bench_gemm_plans.py measured on an H100 and an H200."""
         is_qk, passes, chunks = self.name == "qk", self.slices if self.is_summed else 1, -(-halo // chunk)
         products = warps * box / self.columns
         share = self.columns / 16
         if is_qk:
-            pairs, per_byte = _SCORES_COST[self.is_summed], 0.11 if self.itemsize == 4 else 0.2
+            pairs, per_byte = _SCORES_COST[self.is_summed], 0.1 if self.itemsize == 4 else 0.2
         else:
             pairs, per_byte = _WEIGHTS_COST[is_staged] * (0.4 + 0.6 * share), 0.2
         weights = warps * ROWS * self.pitch * self.itemsize / ACCESS_BYTES
@@ -177,16 +179,18 @@ class _Primitive:
         pieces = weights + (halo + warps * ROWS) * passes * self.row_bytes / ACCESS_BYTES
         product = pairs + passes * per_byte * share * self.row_bytes
         work = products * product + 0.5 * pieces + 120 * warps
-        work += 210 * warps * (chunks * passes - 1)
+        # Of a single line slots and columns go together, so that a chunk of qk asks for little.
+        work += (60 if is_qk and is_line else 210) * warps * (chunks * passes - 1)
         if is_qk and chunks > 1:
             # What a chunk leaves of 16 rows, 32 pieces at a time.
-            work += 36 * warps * chunks * held * self.itemsize / 32
-        return work * max(1.0, 21 / (blocks * warps)) ** 0.64 * (1 + 0.12 / blocks) + 0.56 * pieces
+            work += (9 if is_line else 32) * warps * chunks * held * self.itemsize / 32
+        few_warps = max(1.0, 21 / (blocks * warps)) ** (0.52 if is_qk else 0.64)
+        return work * few_warps * (1 + 0.12 / blocks) + 0.56 * pieces
 
 
 # Instructions of a warp besides the products: for 8 columns of scores (are they kept until the last slice), for 16
 # columns of weights (are they staged).
-_SCORES_COST = {False: 29, True: 21}
+_SCORES_COST = {False: 31, True: 26}
 _WEIGHTS_COST = {True: 46, False: 97}
 
 
@@ -254,7 +258,8 @@ def gemm_tilings(
                 fit = max(1, max_shared_bytes // (shared + 1024))
                 by_registers = max(1, _REGISTERS // (32 * count * need.registers(sums)))
                 resident = min(fit, by_registers, _MOST_WARPS // count)
-                cost = need.cost(math.prod(box), size, chunk, held, count, is_staged, resident) * blocks
+                is_line = halo[0] * halo[1] == 1
+                cost = need.cost(math.prod(box), size, chunk, held, count, is_line, is_staged, resident) * blocks
                 yield GemmTiling(
                     row, warps, halo, box, slices, columns, chunk, held, is_staged, tiles, bias_bytes,
                     fit if fit <= by_registers else 0, shared,
