@@ -5,7 +5,7 @@ block. Prints, fastest first: milliseconds (device time, cold second-level cache
 ``*`` marks the choice. Outputs are compared with those of the choice. A backward kernel is timed with the others of
 backward, which take their own choice. Without problems: the layers of natrain/bench/layers.py, bfloat16, with a bias.
 
-    python scripts/bench_plans.py --kernels backward_q "shape=56x56 batch=8 heads=2 head_dim=32 kernel_size=7 dtype=bf16"
+    python scripts/bench_plans.py "shape=56x56 batch=8 heads=2 head_dim=32 kernel_size=7 dtype=bf16" --kernels forward
     python scripts/bench_plans.py --list       (the plans only; needs no GPU)
     python scripts/bench_plans.py --compile    (compiles them for --arch, no GPU either)
 """

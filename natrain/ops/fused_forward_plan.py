@@ -1,46 +1,31 @@
-"""How csrc/fused/forward.cu covers a problem: the search of fused_search.py by forward's cost."""
+"""How csrc/fused/forward.cu covers a problem: the search of fused_search.py by forward's costs."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
-from natrain.ops.fused_search import Block, Draft, Search, setup_images
+from natrain.ops.fused_search import Costs, Search
 from natrain.ops.geometry import under_no_mode
 
-
-class _Forward(Search):
-    def least_of_block(self, block: Block) -> float:
-        # ``_forward_cycles`` without the factors that are 1 at the least.
-        row_bytes, count, tokens = sum(self.demands.columns) * self.space.itemsize, block.count, math.prod(block.box)
-        cycles = 157 + tokens // 16 * (46 + 49 * row_bytes / 128)
-        is_chunked = tokens > 16 * self.demands.most_groups
-        cycles += 403 * (self._fewest_chunks(block, block.halo) if is_chunked else 1)
-        cycles = count * cycles / 4 + 0.15 * (math.prod(block.halo) + 16 * count) * row_bytes / 24
-        cycles *= (1.15 if is_chunked else 1) * (1.1 if count < 4 else 1)
-        cycles *= max(1, 16 / (self._most_blocks(count) * count)) ** 0.4
-        return block.combinations * self.space.batch * cycles / self.device.multiprocessors
-
-    def least(self, draft: Draft) -> float:
-        cycles = self._forward_cycles(draft)
-        setup = setup_images(draft, cycles)
-        waves = draft.block.combinations / (self.device.multiprocessors * draft.min_blocks)
-        return cycles * max(waves * (self.space.batch + setup), self._least_images(draft) + setup)
-
-    def finished(self, draft: Draft) -> Plan:
-        cycles = self._forward_cycles(draft)
-        splits, images = self._spread(draft, cycles)
-        return self._plan(draft, draft.min_blocks, draft.shared_bytes, splits, images * cycles)
-
-    def rank(self, plan: Plan) -> tuple[float, ...]:
-        return plan.cost, plan.stages, plan.shared_bytes
+_COSTS = Costs(
+    tile=557,
+    group=46,
+    word=30.5,
+    float32=3.0,
+    starts=(70, 8, 0),
+    diagonals=0,
+    chunk=500,
+    cached=1,
+    moved=2,
+    registers=((48, 1.62), (150, 1.2)),
+)
 
 
 def candidates(space: Space, demands: Demands, device: Device) -> Iterator[Plan]:
     """Every legal plan, at the cost of forward."""
-    return _Forward(space, demands, device).plans()
+    return Search(space, demands, device, _COSTS).plans()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -51,7 +36,7 @@ def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
     Raises:
         ValueError: none is legal (a device with little shared memory, a large head dim).
     """
-    plan = _Forward(space, demands, device).best("forward")
+    plan = Search(space, demands, device, _COSTS).best("forward")
     if plan is None:
         _, most = shared_capacity(device.capability)
         dims = demands.columns

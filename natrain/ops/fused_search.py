@@ -2,7 +2,7 @@
 
 Blocks are a row tile, its box and its warps; for each there are drafts of how it may go over its columns. A problem
 has up to 30,000 drafts, so that the search takes the blocks by a bound of their cost and ends where no other can be
-better. What a plan is: fused_plan.py. Models of cost: fused_forward_plan.py, fused_gradient_plan.py.
+better. What a plan is: fused_plan.py. What a kernel costs, as ``Costs``: fused_forward_plan.py, fused_gradient_plan.py.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from natrain.ops.fused_measured import measured, measured_choice
@@ -33,6 +33,7 @@ _TABLE_BYTES = 40 * 1024
 _CHUNK_BYTES = 36 * 1024
 _MOST_WARPS = 16  # of a block
 _MOST_RESIDENT_WARPS = 48  # of a multiprocessor, over all of its blocks
+_CACHE_BYTES, _MEMORY_BYTES = 38, 10.4  # a cycle and multiprocessor, of an H100
 # Of a block before its first image, by kind of table. Measured: 17,000, and 24,000 for the last; tables were then built
 # from global memory entry by entry, which took most of it.
 _SETUP_CYCLES = (10_000, 12_000, 15_000)
@@ -111,34 +112,102 @@ class Draft(NamedTuple):
     fetched: int
 
 
-class Search(ABC):
-    """The legal plans of a kernel, and the best of them: subclasses are models of cost."""
+@dataclass(frozen=True)
+class Costs:
+    """What the warps of a kernel take for an image, in cycles, and what they need.
 
-    def __init__(self, space: Space, demands: Demands, device: Device) -> None:
-        self.space, self.demands, self.device = space, demands, device
+    Attributes:
+        tile: of a row tile.
+        group: of 16 columns, besides what grows with their rows.
+        word: of 16 columns, for 128 bytes of their rows.
+        float32: times ``word``: twice the products, whose factors are rounded first.
+        starts: of 16 columns, by kind of table; the first with a bias, which is then added score by score.
+        diagonals: of 16 columns whose share of the bias gradient does not stay in registers.
+        chunk: beyond the first one.
+        cached: rows of a warp that come from the second-level cache besides its columns, of K and V each.
+        moved: rows of K and V (of Q and dO) that go through memory for each of a warp's.
+        registers: that a thread has use for, (a, b) of a + b head_dim, in 16 bits and in float32.
+    """
+
+    tile: float
+    group: float
+    word: float
+    float32: float
+    starts: tuple[float, float, float]
+    diagonals: float
+    chunk: float
+    cached: float
+    moved: float
+    registers: tuple[tuple[float, float], tuple[float, float]]
+
+
+class Search:
+    """The legal plans of a kernel, and the best of them.
+
+    The cost is a model: what warps do and what memory moves go on at once as far as blocks or stages take turns.
+    Fitted to 330 plans of ten problems (an H200; scripts/bench_plans.py) and to the times of the fused kernels in the
+    frozen sweep (an H100), whose logarithms it meets with a standard deviation of 0.19 forward and 0.17 backward.
+    """
+
+    def __init__(self, space: Space, demands: Demands, device: Device, costs: Costs) -> None:
+        self.space, self.demands, self.device, self.costs = space, demands, device, costs
         self._per_multiprocessor, self._per_block = shared_capacity(device.capability)
         self._pitches = [row_pitch(dim, space.itemsize) for dim in demands.columns] + [demands.column_bytes]
         self._token_bytes = sum(self._pitches)
+        self._row_bytes = sum(demands.columns) * space.itemsize
         self._row_buffer = demands.row_buffer(space.itemsize)
         self._line_multiple = line_multiple(demands.columns, space.itemsize)
         self._lengths = [axis.group_lengths[0] for axis in space.axes]
         self._groups_and_heads = space.heads * math.prod(axis.dilation for axis in space.axes)
+        self._is_float32 = space.itemsize == 4
+        base, of_dim = costs.registers[self._is_float32]
+        self._wanted_registers = base + of_dim * max(demands.columns)
 
-    @abstractmethod
+    def fit(self, draft: Draft) -> tuple[int, int]:
+        """Blocks of a multiprocessor, 0 where not one fits, and the bytes of each."""
+        return draft.min_blocks, draft.shared_bytes
+
+    def group_cycles(self, columns: Columns) -> float:
+        """Of 16 columns, besides what is the same for every plan."""
+        if columns.start_table == 0:
+            return self.costs.starts[0] if self.space.has_rpb else 0
+        return self.costs.starts[columns.start_table]
+
     def least_of_block(self, block: Block) -> float:
-        """At most the cost of any draft of this block."""
+        """At most the cost of any draft of this block: ``_cycles`` without the factors that are 1 at the least."""
+        tokens = math.prod(block.box)
+        chunks = self._fewest_chunks(block) if tokens > 16 * self.demands.most_groups else 1
+        work = self._warp_cycles(block.count, tokens // 16, 0, chunks, self._most_blocks(block.count))
+        cycles = max(work, self._memory_cycles(block.count, math.prod(block.halo)))
+        return block.combinations * self.space.batch * cycles / self.device.multiprocessors
 
-    @abstractmethod
     def least(self, draft: Draft) -> float:
         """At most the cost of the draft; infinite where it is not legal after all."""
+        blocks, _ = self.fit(draft)
+        if not blocks:
+            return math.inf
+        cycles = self._cycles(draft, blocks)
+        setup = _setup_images(draft, cycles)
+        slots = self.device.multiprocessors * blocks
+        images = -(-self.space.batch // _most_splits(self.space.batch, draft.block.combinations, slots))
+        return cycles * max(draft.block.combinations / slots * (self.space.batch + setup), images + setup)
 
-    @abstractmethod
     def finished(self, draft: Draft) -> Plan:
         """The plan of a draft that is legal."""
+        block, columns, stages, *_ = draft
+        blocks, shared_bytes = self.fit(draft)
+        cycles = self._cycles(draft, blocks)
+        slots, setup = self.device.multiprocessors * blocks, _setup_images(draft, cycles)
+        splits, images = _splits(self.space.batch, block.combinations, slots, setup)
+        return Plan(
+            block.row_tile, block.warps, block.box, *columns, stages, blocks, shared_bytes, block.tiles, splits,
+            block.combinations * splits, self.demands.rows_are_keys, images * cycles,
+        )  # fmt: skip
 
-    @abstractmethod
-    def rank(self, plan: Plan) -> tuple[float, ...]:
+    @staticmethod
+    def rank(plan: Plan) -> tuple[float, ...]:
         """What is least for the best plan."""
+        return plan.cost, plan.stages, plan.shared_bytes
 
     def best(self, kernel: str) -> Plan | None:
         """The plan that was measured to be best (``kernel`` as in ``measured``), where one was, else that of the least
@@ -306,50 +375,44 @@ class Search(ABC):
         registers = round_up(min(255, self.demands.registers), 8)
         return max(1, min(_REGISTERS // (32 * warp_count * registers), _MOST_RESIDENT_WARPS // warp_count, 16))
 
-    def _fewest_chunks(self, block: Block, halo: Sequence[int]) -> float:
+    def _fewest_chunks(self, block: Block) -> float:
         """Chunks of a halo that is not resident, at the least."""
         most_lines = max(_CHUNK_BYTES / (block.halo[2] * self._token_bytes), 64 / block.box[2])
-        return halo[0] * max(1, halo[1] / most_lines)
+        return block.halo[0] * max(1, block.halo[1] / most_lines)
 
-    def _forward_cycles(self, draft: Draft) -> float:
-        """Cycles of a multiprocessor for one image of all its blocks.
+    def _cycles(self, draft: Draft, blocks: int) -> float:
+        """Of a multiprocessor for one image of all its blocks."""
+        block, columns, stages, _, _, _, chunks, computed, fetched = draft
+        work = self._warp_cycles(block.count, computed, self.group_cycles(columns), chunks, blocks)
+        if self._is_float32:
+            # Straight-line code for a whole halo: more instructions than their cache holds, and more is spilled.
+            work *= 1.2 if columns.resident else 1
+        else:
+            work *= 1 if columns.resident else 1.3
+        # What registers the warps of a multiprocessor lack is spilled.
+        registers = min(255, _REGISTERS // (32 * block.count * blocks) // 8 * 8)
+        work *= math.exp(3 * max(0.0, 1 - registers / self._wanted_registers) ** 2)
+        memory = self._memory_cycles(block.count, fetched)
+        # While one waits another works: blocks of a multiprocessor, or stages of a block.
+        hidden = 1 - (1.0 if stages == 1 else 0.35) / blocks
+        return blocks * (work + memory - hidden * min(work, memory))
 
-        Fitted to 131 measured plans (an H200, 9 layers, 9 % off in the mean) is what a tile, a group of 16 columns and
-        a chunk cost a warp, which four schedulers share; that one block computes in step, that one stage waits for what
-        it fetches and that a third does not pay. The rest was hardly seen there and keeps plans near those measured:
-        registers for pointers into a table, bytes of the second-level cache, spills of the loops over chunks, few
-        warps.
-        """
-        block, columns, stages, min_blocks, _, _, chunks, computed, fetched = draft
-        dims, itemsize, warp_count = sum(self.demands.columns), self.space.itemsize, block.count
-        start = ((70 if self.space.has_rpb else 2), 8, 0)[columns.start_table]
-        words = dims * itemsize / 128
-        work = warp_count * (157 + computed * (46 + start + 49 * words) + 403 * chunks) / 4
-        moved = (fetched + 16 * warp_count) * dims * itemsize / 24
-        cycles = min_blocks * (work + 0.15 * moved)
-        cycles *= (1.06 if min_blocks == 1 else 1) * (1.24, 1, 1.02)[stages - 1]
-        cycles *= (1 if columns.resident else 1.15) * (1.1 if warp_count < 4 else 1)
-        return cycles * max(1, 16 / (min_blocks * warp_count)) ** 0.4
+    def _warp_cycles(self, warp_count: int, computed: int, of_group: float, chunks: float, blocks: int) -> float:
+        """Of a block's warps for an image. Four schedulers share them; few warps wait for themselves."""
+        costs = self.costs
+        word = costs.word * (costs.float32 if self._is_float32 else 1)
+        group = costs.group + of_group + word * self._row_bytes / 128
+        cycles = warp_count * (costs.tile + computed * group + costs.chunk * (chunks - 1)) / 4
+        return cycles * (1.2 if warp_count < 4 else 1) * max(1, 17 / (blocks * warp_count)) ** 0.72
 
-    def _spread(self, draft: Draft, cycles: float) -> tuple[int, float]:
-        """``_splits`` of the draft, whose blocks take ``cycles`` of forward an image."""
-        slots = self.device.multiprocessors * draft.min_blocks
-        return _splits(self.space.batch, draft.block.combinations, slots, setup_images(draft, cycles))
-
-    def _least_images(self, draft: Draft) -> int:
-        """Of a block, for any splits."""
-        slots = self.device.multiprocessors * draft.min_blocks
-        return -(-self.space.batch // _most_splits(self.space.batch, draft.block.combinations, slots))
-
-    def _plan(self, draft: Draft, min_blocks: int, shared_bytes: int, splits: int, cost: float) -> Plan:
-        block, columns, stages, *_ = draft
-        return Plan(
-            block.row_tile, block.warps, block.box, *columns, stages, min_blocks, shared_bytes, block.tiles, splits,
-            block.combinations * splits, self.demands.rows_are_keys, cost,
-        )  # fmt: skip
+    def _memory_cycles(self, warp_count: int, fetched: int) -> float:
+        """Of a block for an image: columns and rows through the second-level cache, every row through memory."""
+        rows = 16 * warp_count * self._row_bytes
+        cached = fetched * self._row_bytes + self.costs.cached * rows
+        return max(cached / _CACHE_BYTES, self.costs.moved * rows / _MEMORY_BYTES)
 
 
-def setup_images(draft: Draft, cycles: float) -> float:
+def _setup_images(draft: Draft, cycles: float) -> float:
     """Of a block, in images of ``cycles``."""
     return round(_SETUP_CYCLES[draft.columns.start_table] / cycles, 2)
 

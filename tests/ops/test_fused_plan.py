@@ -119,11 +119,11 @@ def test_the_search_finds_what_is_best_of_all(space, head_dim, batch):
         batch, (56, 56), 2, head_dim, Window((7, 7), (1, 1), (1, 1), (False, False)), torch.half, "cuda", has_rpb=True
     )
     forward = Demands.of_forward(head_dim, head_dim, torch.half)
-    ranked = min(candidates(space, forward, Device()), key=lambda plan: (plan.cost, plan.stages, plan.shared_bytes))
+    ranked = min(candidates(space, forward, Device()), key=fused_search.Search.rank)
     assert choose_plan(space, forward, Device()) == ranked
     for demands, entries in ((demands_of_q(problem), 169), (demands_of_kv(problem, 3), 0)):
         plans = gradient_plans(space, demands, Device(), entries)
-        assert choose_gradient_plan(space, demands, Device(), entries) == min(plans, key=lambda plan: plan.cost)
+        assert choose_gradient_plan(space, demands, Device(), entries) == min(plans, key=fused_search.Search.rank)
 
 
 @pytest.mark.parametrize("batch, combinations", [(1, 3), (7, 1), (300, 5), (1024, 1), (64, 3000)])
