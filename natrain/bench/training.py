@@ -6,7 +6,8 @@
     seeds: 5                                   # trainings of each kernel, seed=0 to 4
     settings: [model=nat_cifar, data=cifar10]  # as typed after `natrain train`
     search: {optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}, augment.mixup: [0.0, 0.2, 0.8]}
-    trials: 20                                 # with search: trainings that Optuna chooses, baseline kernel, seed 0
+    trials: 20                                 # with search: trainings that Optuna chooses; the baseline kernel and
+                                               # seed 0, unless kernel and seed are searched or among the settings
     cluster: null                              # null: one after the other; local | slurm: submitit's jobs, in parallel
     cluster_options: {timeout_min: 60}         # what submitit's executor takes
     parallel: 4                                # jobs at once on a cluster
@@ -84,7 +85,8 @@ def read_training_plan(path: Path, changes: Sequence[str]) -> TrainingPlan:
         if key in known:
             found[key] = value.split(",") if key == "kernels" else yaml.safe_load(value)
         else:
-            words = [word for word in words if word.partition("=")[0] != key] + [change]
+            words = [word for word in words if _split(word)[0] != key.lstrip("+")] + [change]
+    _refuse(words, found.get("search") or {})
     for name in found["kernels"]:
         if name != "auto":
             get_kernel(name)
@@ -107,6 +109,25 @@ def read_training_plan(path: Path, changes: Sequence[str]) -> TrainingPlan:
         found.get("cluster_options") or {},
         found.get("parallel", 4),
     )
+
+
+def _split(word: str) -> tuple[str, str]:
+    """Key and value of a setting as it is typed."""
+    key, _, value = word.partition("=")
+    return key.lstrip("+"), value
+
+
+def _refuse(words: Sequence[str], search: Mapping[str, Any]) -> None:
+    """Refuses what a training would be told twice."""
+    for key, value in map(_split, words):
+        if key in ("run_dir", "resume", "overwrite"):
+            raise invalid(key, value, "no setting here: every training has a folder of its own below out", "out=DIR")
+        if not search and key == "kernel":
+            raise invalid(key, value, "no setting of a comparison: kernels are what differs", f"kernels={value}")
+        if not search and key == "seed":
+            raise invalid(key, value, "no setting of a comparison: each kernel trains with seed=0 to N-1", "seeds=5")
+        if key in search:
+            raise invalid(key, value, "no setting that the yaml searches", f"search without {key}, or no {key}=")
 
 
 @dataclass(frozen=True)
@@ -243,9 +264,9 @@ def _search(plan: TrainingPlan, out: Path, path: Path) -> None:
         trials = [study.ask() for _ in range(width)]
         jobs = []
         for trial in trials:
-            words = (*plan.settings, *(f"{key}={_suggest(trial, key, space)}" for key, space in plan.search.items()))
+            chosen = [f"{key}={_suggest(trial, key, space)}" for key, space in plan.search.items()]
             folder = out / "runs" / f"trial-{trial.number}"
-            jobs.append(Job(plan.baseline, 0, words, str(folder.resolve()), trial.number))
+            jobs.append(_trial_job(plan, chosen, str(folder.resolve()), trial.number))
         for trial, (job, result) in zip(trials, _results(plan, jobs, out), strict=True):
             _write(path, plan, job, result)
             if "top1" in result:
@@ -257,6 +278,14 @@ def _search(plan: TrainingPlan, out: Path, path: Path) -> None:
         best = study.best_trial
         words = " ".join(f"{key}={value}" for key, value in best.params.items())
         print(f"best: top-1 {best.value:.2f} %, trial {best.number}: {words}")
+
+
+def _trial_job(plan: TrainingPlan, chosen: Sequence[str], folder: str, number: int) -> Job:
+    """The training of a trial; a kernel or seed that is chosen or typed is the one that its row names."""
+    words = dict(map(_split, (*plan.settings, *chosen)))
+    kernel, seed = words.pop("kernel", plan.baseline), int(words.pop("seed", 0))
+    kept = [word for word in (*plan.settings, *chosen) if _split(word)[0] in words]
+    return Job(kernel, seed, tuple(kept), folder, number)
 
 
 def _suggest(trial: Any, key: str, space: Any) -> Any:

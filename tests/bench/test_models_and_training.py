@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from natrain.bench import training
 from natrain.bench.models import COLUMNS, read_model_plan, run_models
-from natrain.bench.training import Job, comparison, paired_interval, read_training_plan
+from natrain.bench.training import Job, comparison, paired_interval, read_training_plan, run_training
 from natrain.cli import main
 from natrain.cli.settings import config_folder
 
@@ -140,9 +141,70 @@ def test_a_job_is_what_one_would_type():
     ]  # fmt: skip
 
 
+SPACE = """\
+kind: training
+kernels: [auto]
+seeds: 1
+trials: 4
+settings: [model=nat_digits, optim.lr=1e-3]
+search: {kernel: [cpu, reference], seed: [1, 2]}
+"""
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[list[str]]:
+    """The commands of trainings that were not run; each reaches an accuracy of its seed."""
+    commands = []
+
+    def run_job(job: Job) -> dict[str, str]:
+        commands.append(job.command())
+        return {"status": "ok", "top1": str(job.seed), "images_per_s": "1", "seconds": "1"}
+
+    monkeypatch.setattr(training, "run_job", run_job)
+    return commands
+
+
+def test_a_searched_kernel_and_seed_are_those_that_train(tmp_path, trained, capsys):
+    """Each is said once to `natrain train`, and the row and the best line say the same."""
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE)
+    assert run_training(read_training_plan(path, []), tmp_path / "out", "cpu") == 0
+    found = table(tmp_path / "out" / "training.csv")
+    told = [[word for word in command if word.startswith(("kernel=", "seed="))] for command in trained]
+    assert [[f"kernel={row['kernel']}", f"seed={row['seed']}"] for row in found] == told
+    assert {row["seed"] for row in found} <= {"1", "2"} and len(found) == 4
+    best = max(found, key=lambda row: float(row["top1"]))
+    said = capsys.readouterr().out.rpartition("best: ")[2]
+    assert f"seed={best['seed']}" in said and f"top-1 {float(best['top1']):.2f} %" in said
+
+
+def test_a_typed_kernel_and_seed_of_a_search_are_those_that_train(tmp_path, trained):
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE.replace("{kernel: [cpu, reference], seed: [1, 2]}", "{optim.weight_decay: [0.1, 0.2]}"))
+    plan = read_training_plan(path, ["kernel=reference", "seed=7", "trials=1"])
+    assert run_training(plan, tmp_path / "out", "cpu") == 0
+    (command,), (row,) = trained, table(tmp_path / "out" / "training.csv")
+    assert [word for word in command if word.startswith(("kernel=", "seed="))] == ["kernel=reference", "seed=7"]
+    assert (row["kernel"], row["seed"]) == ("reference", "7")
+    assert row["settings"].startswith("model=nat_digits optim.lr=1e-3 optim.weight_decay=0.")
+
+
+def test_what_is_searched_cannot_be_typed_too(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE)
+    with pytest.raises(ValueError, match="seed='7' is not allowed.*no seed="):
+        read_training_plan(path, ["seed=7"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["kernel=reference"], "kernel='reference' is not allowed.*kernels=reference"),
+        (["+seed=7"], "seed='7' is not allowed.*seeds=5"),
+        (["run_dir=/x"], "out=DIR"),
+        (["resume=none"], "out=DIR"),
         (["seeds=0"], "seeds=3"),
         (["kernels=niave"], "naive"),
         (["cluster=lsf"], "cluster=slurm"),
