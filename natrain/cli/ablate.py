@@ -116,11 +116,14 @@ def _models(
 def _training(
     path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
 ) -> tuple[Path, int]:
-    from natrain.bench.training import read_training_plan, run_training
+    from natrain.bench.options import Options
+    from natrain.bench.training import INSTEAD, read_training_plan, run_training
+    from natrain.cli.compose import compose_config
 
-    plan = read_training_plan(path, changes)
+    options = Options.of(arguments, words["devices"], "training", INSTEAD)
+    plan = read_training_plan(path, changes, words["device"])
     out = _out(words, path.stem, plan.digest)
-    return out, run_training(plan, out, device)
+    return out, run_training(plan, out, compose_config, options)
 
 
 def _out(words: dict[str, str], name: str, digest: str) -> Path:

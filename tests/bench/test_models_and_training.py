@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from natrain.bench import training
+from natrain.bench import jobs
+from natrain.bench.jobs import Job
 from natrain.bench.models import COLUMNS, read_model_plan, run_models
-from natrain.bench.training import Job, comparison, paired_interval, read_training_plan, run_training
+from natrain.bench.training import comparison, paired_interval, read_training_plan, run_training
 from natrain.cli import main
+from natrain.cli.compose import compose_config
 from natrain.cli.settings import config_folder
 
 MODELS, TRAINING, SEARCH = (config_folder() / "ablation" / f"{name}.yaml" for name in ("models", "training", "search"))
@@ -119,7 +121,7 @@ def test_optuna_searches_and_goes_on(tmp_path, capsys):
     assert len(set(rates)) == 2 and all(1e-4 <= rate <= 4e-3 for rate in rates)
     assert "best: top-1" in capsys.readouterr().out
     assert main(["ablate", *words, "trials=2"]) == 0
-    assert "2 trials in all, 2 done" in capsys.readouterr().out
+    assert "2 trials in all, 0 to run" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -146,7 +148,7 @@ kind: training
 kernels: [auto]
 seeds: 1
 trials: 4
-settings: [model=nat_digits, optim.lr=1e-3]
+settings: [model=nat_digits, data=digits, recipe=digits, optim.lr=1e-3]
 search: {kernel: [cpu, reference], seed: [1, 2]}
 """
 
@@ -160,7 +162,7 @@ def trained(monkeypatch) -> list[list[str]]:
         commands.append(job.command())
         return {"status": "ok", "top1": str(job.seed), "images_per_s": "1", "seconds": "1"}
 
-    monkeypatch.setattr(training, "run_job", run_job)
+    monkeypatch.setattr(jobs, "run_job", run_job)
     return commands
 
 
@@ -169,7 +171,7 @@ def test_a_searched_kernel_and_seed_are_those_that_train(tmp_path, trained, caps
     pytest.importorskip("optuna")
     path = tmp_path / "mine.yaml"
     path.write_text(SPACE)
-    assert run_training(read_training_plan(path, []), tmp_path / "out", "cpu") == 0
+    assert run_training(read_training_plan(path, []), tmp_path / "out", compose_config) == 0
     found = table(tmp_path / "out" / "training.csv")
     told = [[word for word in command if word.startswith(("kernel=", "seed="))] for command in trained]
     assert [[f"kernel={row['kernel']}", f"seed={row['seed']}"] for row in found] == told
@@ -184,11 +186,11 @@ def test_a_typed_kernel_and_seed_of_a_search_are_those_that_train(tmp_path, trai
     path = tmp_path / "mine.yaml"
     path.write_text(SPACE.replace("{kernel: [cpu, reference], seed: [1, 2]}", "{optim.weight_decay: [0.1, 0.2]}"))
     plan = read_training_plan(path, ["kernel=reference", "seed=7", "trials=1"])
-    assert run_training(plan, tmp_path / "out", "cpu") == 0
+    assert run_training(plan, tmp_path / "out", compose_config) == 0
     (command,), (row,) = trained, table(tmp_path / "out" / "training.csv")
     assert [word for word in command if word.startswith(("kernel=", "seed="))] == ["kernel=reference", "seed=7"]
     assert (row["kernel"], row["seed"]) == ("reference", "7")
-    assert row["settings"].startswith("model=nat_digits optim.lr=1e-3 optim.weight_decay=0.")
+    assert row["settings"].startswith("model=nat_digits data=digits recipe=digits optim.lr=1e-3 optim.weight_decay=0.")
 
 
 def test_what_is_searched_cannot_be_typed_too(tmp_path):
@@ -196,6 +198,127 @@ def test_what_is_searched_cannot_be_typed_too(tmp_path):
     path.write_text(SPACE)
     with pytest.raises(ValueError, match="seed='7' is not allowed.*no seed="):
         read_training_plan(path, ["seed=7"])
+
+
+PAIRED = """\
+kind: training
+kernels: [cpu]
+seeds: 1
+settings: [model=nat_digits, data=digits, recipe=digits]
+"""
+
+
+@pytest.fixture
+def ablate(tmp_path):
+    """`natrain ablate` of a comparison of trainings, with further words."""
+    (tmp_path / "mine.yaml").write_text(PAIRED)
+    return lambda *words: main(["ablate", f"ablation={tmp_path}/mine.yaml", f"out={tmp_path}/out", *words])
+
+
+def test_more_seeds_and_kernels_add_to_a_folder(tmp_path, trained, ablate, capsys):
+    assert ablate() == 0
+    assert ablate("seeds=2") == 0
+    assert ablate("seeds=2", "kernels=cpu,reference") == 0
+    said = capsys.readouterr().out
+    assert "2 trainings in all, 1 to run, about" in said and "4 trainings in all, 2 to run, about" in said
+    assert "1 left, about" in said
+    found = [(row["kernel"], row["seed"]) for row in table(tmp_path / "out" / "training.csv")]
+    assert found == [("cpu", "0"), ("cpu", "1"), ("reference", "0"), ("reference", "1")] and len(trained) == 4
+    assert ablate("optim.lr=1e-4") == 2
+    assert "same settings" in capsys.readouterr().err and len(trained) == 4
+
+
+def test_failed_trainings_are_run_again_when_asked(tmp_path, trained, ablate, monkeypatch, capsys):
+    """All failed: exit code 1, and again the second time, which runs nothing."""
+    works = jobs.run_job
+    monkeypatch.setattr(jobs, "run_job", lambda job: {"status": "failed", "reason": "no"})
+    assert ablate() == 1 and ablate() == 1
+    assert "1 trainings in all, 0 to run" in capsys.readouterr().out
+    monkeypatch.setattr(jobs, "run_job", works)
+    assert ablate("--retry-failed") == 0
+    assert [row["status"] for row in table(tmp_path / "out" / "training.csv")] == ["failed", "ok"]
+    assert ablate("--retry-failed") == 0 and len(trained) == 1
+
+
+def test_a_time_limit_stops_between_trainings(trained, ablate, capsys):
+    """One training is guessed to take longer than a second."""
+    assert ablate("--time-limit", "1") == 3
+    assert not trained and "1 are left, run it again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lrr=1"], "optim.lr"),
+        (["optim.lr=-1"], "optim.lr"),
+        (["data=imagefolder"], "data.root"),
+        (["data=cifar10", "model=nat_cifar", "data.root=/no/such/folder"], "/no/such/folder"),
+        (["global_batch=100000"], "global_batch"),
+        (["--only", "dtype=fp16"], "--only=['dtype=fp16'] is not allowed: expected no such option where kind is trai"),
+        (["--arms", "cpu"], "kernels=cpu,reference"),
+        (["--threads", "2"], "OMP_NUM_THREADS=2"),
+        (["--chunk", "3"], "parallel=4"),
+        (["devices=2"], "trainer.devices=4"),
+        (["device=cpu", "trainer.accelerator=auto"], "device='cpu' is not allowed"),
+        (["cluster=local", "--time-limit", "5"], "cluster_options.timeout_min=60"),
+        (["cluster=local", "cluster_options.timeout_mn=60"], "timeout_min"),
+        (["cluster=slurm"], "cluster='slurm' is not allowed: expected a machine of SLURM, with srun"),
+        (["baseline=reference"], "baseline=cpu"),
+        (["trials=3"], "seeds=5"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_training(words, message, trained, ablate, capsys):
+    assert ablate(*words) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not trained
+
+
+def test_the_device_that_is_asked_for_trains(tmp_path, trained, ablate):
+    assert ablate("device=cpu") == 0
+    assert "trainer.accelerator=cpu" in trained[0]
+    assert "trainer.accelerator=cpu" in table(tmp_path / "out" / "training.csv")[0]["settings"]
+
+
+def test_options_of_a_cluster_are_typed(tmp_path):
+    plan = read_training_plan(TRAINING, ["cluster=local", "cluster_options.timeout_min=60", "cluster_options.nodes=1"])
+    assert plan.cluster.executor(tmp_path)._executor.parameters["timeout_min"] == 60
+
+
+def test_a_setting_that_a_search_may_choose_is_checked_first(tmp_path, trained, capsys):
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE.replace("seed: [1, 2]", "optim.lrr: [1, 2]"))
+    assert main(["ablate", f"ablation={path}", f"out={tmp_path}/out"]) == 2
+    assert "did you mean 'optim.lr'?" in capsys.readouterr().err and not trained
+    path.write_text(SPACE.replace("seed: [1, 2]", "augment.mixup: [0.1, -2.0]"))
+    assert main(["ablate", f"ablation={path}", f"out={tmp_path}/out"]) == 2
+    assert "augment.mixup=-2.0 is not allowed" in capsys.readouterr().err and not trained
+
+
+def test_a_killed_trial_is_trained_again_where_it_was(tmp_path, trained, monkeypatch):
+    """Killed in the second of three trainings: the same settings in the same folder, and no trial is left running."""
+    optuna = pytest.importorskip("optuna")
+    path, works = tmp_path / "mine.yaml", jobs.run_job
+    path.write_text(SPACE)
+
+    def run_job(job):
+        if len(trained) == 1:
+            trained.append(job.command())
+            raise KeyboardInterrupt
+        return works(job)
+
+    monkeypatch.setattr(jobs, "run_job", run_job)
+    words = ["ablate", f"ablation={path}", f"out={tmp_path}/out", "trials=3"]
+    assert main(words) == 130
+    assert main(words) == 0
+    assert len(trained) == 4 and trained[1] == trained[2]
+    found = table(tmp_path / "out" / "training.csv")
+    assert [row["run"] for row in found] == ["trial-0", "trial-1", "trial-3"]
+    (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path}/out/optuna.db")
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/out/optuna.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert main([*words[:-1], "trials=4"]) == 0 and len(trained) == 5
+    assert main([*words[:-1], "trials=4"]) == 0 and len(trained) == 5
 
 
 @pytest.mark.parametrize(
