@@ -105,12 +105,14 @@ def _kernels(
 def _models(
     path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
 ) -> tuple[Path, int]:
-    from natrain.bench.models import read_model_plan, run_models
+    from natrain.bench.models import INSTEAD, read_model_plan, run_models
+    from natrain.bench.options import Options
     from natrain.bench.plan import parse_changes
 
+    options = Options.of(arguments, words["devices"], "models", INSTEAD)
     plan = read_model_plan(path, parse_changes(changes))
     out = _out(words, path.stem, plan.digest)
-    return out, run_models(plan, out, device)
+    return out, run_models(plan, out, device, options)
 
 
 def _training(
