@@ -340,10 +340,13 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
 
 
 def comparison(found: Sequence[Mapping[str, str]], baseline: str) -> list[str]:
-    """A line a kernel: difference of accuracy from the baseline's at the same seed, and how much faster it trains."""
+    """A line a kernel: difference of accuracy from the baseline's at the same seed, and how much faster it trains.
+
+    Trials of a search are left out: more than their kernels differs.
+    """
     by_seed: dict[str, dict[str, Mapping[str, str]]] = {}
     for row in found:
-        if row["status"] == "ok":
+        if row["status"] == "ok" and not row["trial"]:
             by_seed.setdefault(row["kernel"], {})[row["seed"]] = row
     lines = []
     for kernel, own in by_seed.items():

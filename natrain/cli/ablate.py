@@ -7,7 +7,8 @@
   natrain ablate ablation=training seeds=5 data.root=DIR             short trainings, paired by seed
   natrain ablate ablation=search trials=20 cluster=slurm             any setting of `natrain train`, by Optuna
 Prints the number of runs and an estimate before it starts. A row of results.csv in runs/ablations/NAME-HASH is one run;
-`natrain report` makes a page of it. A contender can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
+`natrain report` makes a page of it; wandb=PROJECT logs the page's tables to Weights & Biases at the end. A contender
+can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from natrain.errors import invalid, nearest
 
-_OPTIONS = ("ablation", "device", "devices", "out")
+_OPTIONS = ("ablation", "device", "devices", "out", "wandb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     import yaml
 
     from natrain.bench.sweep import default_device
+    from natrain.report.build import build_page
+    from natrain.report.tables import check_wandb, log_tables
 
-    words = dict(zip(_OPTIONS, (None, None, "1", None), strict=True))
+    words = dict(zip(_OPTIONS, (None, None, "1", None, None), strict=True))
     changes = []
     for word in arguments.words:
         key, equals, value = word.partition("=")
@@ -52,11 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     device = words["device"] or default_device()
     if device not in ("cuda", "cpu"):
         raise invalid("device", device, "cuda or cpu", "device=cuda")
+    if words["wandb"] is not None:
+        check_wandb("wandb", words["wandb"])
     kinds = {"kernels": _kernels, "models": _models, "training": _training}
     kind = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("kind", "kernels")
     if kind not in kinds:
         raise invalid("kind", kind, f"one of {', '.join(kinds)}", "kind: kernels")
     out, code = kinds[kind](path, words, changes, device, arguments)
+    if words["wandb"] is not None:
+        log_tables(build_page([out]), words["wandb"], out)
     print(f"the page: natrain report {out}")
     return code
 

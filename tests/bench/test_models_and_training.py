@@ -221,12 +221,13 @@ def test_the_interval_holds_the_true_difference_about_95_times_in_100():
 
 def test_comparison_pairs_by_seed():
     rows = [
-        {"kernel": kernel, "seed": str(seed), "status": "ok", "top1": str(top1), "images_per_s": str(speed)}
+        {"kernel": kernel, "seed": str(seed), "trial": "", "status": "ok", "top1": top1, "images_per_s": speed}
         for kernel, seed, top1, speed in [
             ("a", 0, 50, 100), ("a", 1, 60, 100), ("a", 2, 70, 100),
             ("b", 1, 61, 200), ("b", 0, 51, 200), ("b", 9, 1, 1),
         ]
     ]  # fmt: skip
+    rows.append({**rows[3], "trial": "0", "seed": "2", "top1": 0})
     (line,) = comparison(rows, "a")
     assert line.startswith("b against a, 2 seeds: top-1 +1.00 points (95 %: +1.00 to +1.00), 2.00x the images/s")
 

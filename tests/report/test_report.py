@@ -159,10 +159,14 @@ def test_colours_differ_in_lightness_where_they_mean_opposites():
     assert svg.diverging(100.0) == svg.diverging(8.0)
 
 
-def test_models_and_trainings_have_pages(tmp_path):
+def models_and_trainings(tmp_path: Path) -> None:
+    """Rows of two kernels; fused failed before it was timed."""
     rows.start(tmp_path / "models.csv", models.COLUMNS)
+    setting = {"plan": "p", "model": "nat_tiny", "precision": "bf16", "compile": 1, "batch": 8, "img_size": ""}
+    failed = {**setting, "kernel": "fused", "mode": "training", "status": "failed", "reason": "no", "utc": "now"}
+    rows.append(tmp_path / "models.csv", failed, models.COLUMNS)
     for kernel, speed in (("naive", 100.0), ("fused", 250.0)):
-        row = {"plan": "p", "model": "nat_tiny", "precision": "bf16", "compile": 1, "batch": 8, "img_size": ""}
+        row = dict(setting)
         row |= {
             "kernel": kernel,
             "mode": "training",
@@ -190,13 +194,28 @@ def test_models_and_trainings_have_pages(tmp_path):
         }
         rows.append(tmp_path / "training.csv", {**row, "settings": "", "utc": "now"}, training.COLUMNS)
     (tmp_path / "environment.jsonl").write_text('{"device": "a device", "plan": "mine", "baseline": "naive"}\n')
+
+
+def test_models_and_trainings_have_pages(tmp_path):
+    models_and_trainings(tmp_path)
     page = build_page([tmp_path])
+    assert "models-training-failures" not in {table.name for table in page.tables}
     found = {row["kernel"]: row for row in table(page, "models-training")}
     assert found["fused"]["x naive"] == 2.5 and found["fused"]["attention %"] == 25.0
     assert found["fused"]["model"] == "nat_tiny bf16 compiled b8"
     assert len(table(page, "losses")) == 4 and [row["top-1 %"] for row in table(page, "trainings")] == [50.0, 51.0]
     assert page.summary[0].startswith("fused against naive, 1 seeds: top-1 +1.00 points")
     assert html(page).count("<figure>") == 2
+
+
+def test_a_baseline_without_a_time_is_refused_for_models_and_trainings(tmp_path, capsys):
+    models_and_trainings(tmp_path)
+    assert main(["report", str(tmp_path), "--baseline", "fusd"]) == 2
+    assert "--baseline='fusd' is not allowed: expected one of naive, fused. Try: --baseline fused" in (
+        capsys.readouterr().err
+    )
+    page = build_page([tmp_path], baseline="fused")
+    assert {row["kernel"]: row["x fused"] for row in table(page, "models-training")} == {"naive": 0.4, "fused": 1.0}
 
 
 PROBE = """
@@ -273,3 +292,37 @@ def test_tables_go_to_wandb(folder, monkeypatch):
     (run,) = (folder / "wandb").glob("offline-run-*")
     logged = {path.name.split("_")[0] for path in (run / "files" / "media" / "table").glob("*.json")}
     assert {"gains", "errors", "environment"} <= logged
+
+
+MINE = """\
+kernels: [cpu]
+runs: 3
+problems: [{shape: 4x4, heads: 1, head_dim: 8, kernel_size: 3}]
+"""
+
+
+@pytest.mark.slow
+def test_an_ablation_logs_its_tables_when_a_project_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "mine.yaml").write_text(MINE)
+    words = ["ablate", f"ablation={tmp_path}/mine.yaml", "device=cpu"]
+    assert main([*words, f"out={tmp_path}/without"]) == 0 and not (tmp_path / "without" / "wandb").exists()
+    assert main([*words, f"out={tmp_path}/out", "wandb=natrain"]) == 0
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    assert {"errors", "environment", "runs"} <= {
+        path.name.split("_")[0] for path in (run / "files" / "media" / "table").glob("*.json")
+    }
+
+
+@pytest.mark.parametrize(
+    "words", [["ablate", "ablation=dtypes", "wandb=mine"], ["report", "FOLDER", "--wandb", "mine"]]
+)
+def test_a_missing_key_of_wandb_is_said_before_anything_is_measured(words, folder, monkeypatch, capsys):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(folder / "none"))
+    monkeypatch.setenv("HOME", str(folder))
+    assert main([str(folder) if word == "FOLDER" else word for word in words]) == 2
+    said = capsys.readouterr()
+    assert "wandb='mine' is not allowed" in said.err and "WANDB_MODE=offline" in said.err and not said.out
