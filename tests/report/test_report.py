@@ -398,6 +398,20 @@ def test_a_baseline_without_a_time_is_refused_for_models_and_trainings(tmp_path,
     assert {row["kernel"]: row["x fused"] for row in table(page, "models-training")} == {"naive": 0.4, "fused": 1.0}
 
 
+def test_the_picture_of_the_readme_is_that_of_the_committed_rows(repository):
+    """Every number in it, so that neither rows nor charts change without it."""
+    folder = repository / "docs" / "h100"
+    page = build_page([folder / f"paper_{rank}d" for rank in (1, 2, 3)])
+    made = next(
+        block.svg
+        for section in page.sections
+        for block in section.blocks
+        if isinstance(block, Chart) and block.name == "distribution-forward"
+    )
+    assert (folder / "paper.svg").read_text() == made
+    assert 'src="docs/h100/paper.svg"' in (repository / "README.md").read_text()
+
+
 PROBE = """
 <script>
 window.addEventListener("load", () => {
