@@ -50,9 +50,18 @@ COLUMNS = (
     "plan", "kernel", "seed", "trial", "settings", "status", "reason", "top1", "val_loss", "loss", "seconds",
     "images_per_s", "run", "device", "commit", "utc",
 )  # fmt: skip
-_KEYS = (
-    "kind", "kernels", "baseline", "seeds", "settings", "search", "trials", "cluster", "cluster_options", "parallel",
-)  # fmt: skip
+_DEFAULTS = {
+    "kind": "training",
+    "kernels": ["auto"],
+    "baseline": None,
+    "seeds": 1,
+    "settings": [],
+    "search": None,
+    "trials": 0,
+    "cluster": None,
+    "cluster_options": None,
+    "parallel": 4,
+}
 # Options of `natrain ablate` that are for sweeps alone -> what says the same here.
 INSTEAD = {
     "only": "kernels=cpu seeds=1 into the same out=",
@@ -108,47 +117,16 @@ def read_training_plan(path: Path, changes: Sequence[str], device: str | None = 
     import yaml
 
     text = path.read_text(encoding="utf-8")
-    found = {"seeds": 1, "trials": 0, "parallel": 4, **yaml.safe_load(text)}
-    search, words = found.get("search") or {}, list(found.get("settings") or [])
-    options = dict(found.get("cluster_options") or {})
-    if device is not None:
-        changes = [*changes, f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}"]
-    typed = set()
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if not equals:
-            raise invalid("setting", change, "key=value", "seeds=5")
-        if key.startswith("cluster_options."):
-            options[key.partition(".")[2]] = yaml.safe_load(value)
-        elif key in ("kernels", "baseline", "seeds", "trials", "cluster", "parallel"):
-            found[key] = value.strip("[]").split(",") if key == "kernels" else yaml.safe_load(value)
-            typed.add(key)
-        else:
-            if device is not None and _split(change)[0] == "trainer.accelerator" and change != changes[-1]:
-                raise invalid("device", device, "no device beside trainer.accelerator", change)
-            words = [word for word in words if _split(word)[0] != key.lstrip("+")] + [change]
+    found = {**_DEFAULTS, **(yaml.safe_load(text) or {})}
+    for key in set(found) - set(_DEFAULTS):
+        known = ", ".join(_DEFAULTS)
+        raise invalid("setting", key, f"one of {known}", f"{nearest(str(key), _DEFAULTS) or 'seeds'}: ...")
+    typed, words = _apply(found, changes, device)
+    search = found["search"] or {}
     _refuse(words, search)
     check_space(search)
-    for key in set(found) - set(_KEYS):
-        raise invalid("setting", key, f"one of {', '.join(_KEYS)}", f"{nearest(str(key), _KEYS) or 'seeds'}: ...")
-    for key, wanted in (("seeds", not search), ("trials", bool(search))):
-        if key in typed and not wanted:
-            other = "seed=0" if search else "seeds=5"
-            raise invalid(key, found[key], f"no {key} {'with' if search else 'without'} a search", other)
-    for name in found["kernels"]:
-        if name != "auto":
-            get_kernel(name)
-    for key in ("seeds", "parallel", *(["trials"] if search else [])):
-        if type(found[key]) is not int or found[key] < 1:
-            raise invalid(key, found[key], "a whole number >= 1", f"{key}=3")
-    if found.get("cluster") not in (None, "local", "slurm"):
-        raise invalid("cluster", found["cluster"], "null, local or slurm", "cluster=slurm")
-    baseline = found.get("baseline")
-    if baseline not in found["kernels"]:
-        if "baseline" in typed or (baseline is not None and "kernels" not in typed):
-            kernels = found["kernels"]
-            raise invalid("baseline", baseline, f"one of {', '.join(kernels)}", f"baseline={kernels[0]}")
-        baseline = found["kernels"][0]
+    _check(found, typed)
+    baseline = found["baseline"] if found["baseline"] in found["kernels"] else found["kernels"][0]
     fixed = [*sorted(words), *([repr(search), baseline] if search else [])]
     return TrainingPlan(
         tuple(found["kernels"]),
@@ -159,8 +137,57 @@ def read_training_plan(path: Path, changes: Sequence[str], device: str | None = 
         hashlib.sha256("\0".join(fixed).encode()).hexdigest()[:12],
         search,
         found["trials"],
-        Cluster(found.get("cluster"), options, found["parallel"]),
+        Cluster(found["cluster"], found["cluster_options"] or {}, found["parallel"]),
     )
+
+
+def _apply(found: dict[str, Any], changes: Sequence[str], device: str | None) -> tuple[set[str], list[str]]:
+    """Changes ``found`` as typed; the keys of it that were, and the settings of every training."""
+    import yaml
+
+    typed, words, options = set(), list(found["settings"]), dict(found["cluster_options"] or {})
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise invalid("setting", change, "key=value", "seeds=5")
+        if key.startswith("cluster_options."):
+            options[key.partition(".")[2]] = yaml.safe_load(value)
+        elif key == "kernels":
+            found[key] = [name.strip() for name in value.strip("[]").split(",")]
+            typed.add(key)
+        elif key in ("baseline", "seeds", "trials", "cluster", "parallel"):
+            found[key] = yaml.safe_load(value)
+            typed.add(key)
+        else:
+            words = [word for word in words if _split(word)[0] != key.lstrip("+")] + [change]
+            typed.add(key)
+    found["cluster_options"] = options
+    if device is not None:
+        if "trainer.accelerator" in typed:
+            raise invalid("device", device, "no device beside trainer.accelerator", "one of the two")
+        words = [word for word in words if _split(word)[0] != "trainer.accelerator"]
+        words.append(f"trainer.accelerator={'gpu' if device == 'cuda' else 'cpu'}")
+    return typed, words
+
+
+def _check(found: Mapping[str, Any], typed: set[str]) -> None:
+    """Refuses values out of range, and what was typed and would do nothing."""
+    kernels, baseline, search = found["kernels"], found["baseline"], found["search"]
+    if "seeds" in typed and search:
+        raise invalid("seeds", found["seeds"], "no seeds with a search", "seed=0")
+    if "trials" in typed and not search:
+        raise invalid("trials", found["trials"], "no trials without a search", "seeds=5")
+    for name in kernels:
+        if name != "auto":
+            get_kernel(name)
+    for key in ("seeds", "parallel", *(["trials"] if search else [])):
+        if type(found[key]) is not int or found[key] < 1:
+            raise invalid(key, found[key], "a whole number >= 1", f"{key}=3")
+    if found["cluster"] not in (None, "local", "slurm"):
+        raise invalid("cluster", found["cluster"], "null, local or slurm", "cluster=slurm")
+    is_meant = "baseline" in typed or (baseline is not None and "kernels" not in typed)
+    if is_meant and baseline not in kernels:
+        raise invalid("baseline", baseline, f"one of {', '.join(kernels)}", f"baseline={kernels[0]}")
 
 
 def _split(word: str) -> tuple[str, str]:

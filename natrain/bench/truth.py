@@ -22,7 +22,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-3, torch.float16: 5e-3, tor
 _QUERIES = 32
 _MOST_KEYS = 8
 _PAIRS_OF_KEYS = 2**24  # queries x neighbours that the gradients of sampled keys may cost
-_BIAS_PAIRS = 2**20  # queries x neighbours that the gradient of a bias may cost
+_BIAS_PAIRS = 2**18  # queries x neighbours that the gradient of a bias may cost
 _CHUNK_ELEMENTS = 2**25
 
 

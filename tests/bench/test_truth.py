@@ -81,7 +81,7 @@ class _WrongBias(CpuKernel):
         return torch.full_like(d_rpb, 17) if self._factor is None else self._factor * d_rpb
 
 
-@pytest.mark.parametrize("most", [1, 2**20], ids=["sampled", "whole"])
+@pytest.mark.parametrize("most", [1, 100], ids=["sampled", "whole"])
 def test_a_kernel_of_another_package_with_a_wrong_bias_gradient_gets_no_time(most, monkeypatch):
     entries = [
         EntryPoint(name, f"{__name__}:{name}", registry.ENTRY_POINT_GROUP) for name in ("seventeen", "doubled", "close")
