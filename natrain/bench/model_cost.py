@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,20 +18,25 @@ _LAYER_S = {"cpu": 2e-5, "cuda": 1e-5}
 _PASSES = {"inference": 1, "training": 3}
 
 
-def step_seconds(model: nn.Module, images: tuple[int, ...], device: str, mode: str) -> float:
-    """Seconds of one step.
+@dataclass(frozen=True)
+class Cost:
+    """Of a forward pass: FLOPs of one image, and how many layers there are."""
 
-    Args:
-        model: on torch's meta device: nothing is computed.
-        images: shape of the batch [B, C, H, W].
-        device: "cpu" (as many threads as torch has now) or "cuda".
-        mode: "inference" or "training".
-    """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *images[1:], device="meta"))
-    flops = counter.get_total_flops()
-    for problem, count in attention_problems(model, (1, *images[1:]), torch.float32, "cpu", None).items():
-        pairs = math.prod(problem.spatial) * problem.heads * problem.window.num_neighbors
-        flops += 4 * pairs * problem.head_dim * count
-    rate = _FLOPS_PER_S[device] * (torch.get_num_threads() if device == "cpu" else 1)
-    return _PASSES[mode] * (images[0] * flops / rate + _LAYER_S[device] * sum(1 for _ in model.modules()))
+    flops: float
+    layers: int
+
+    @staticmethod
+    def of(model: nn.Module, image: tuple[int, ...]) -> Cost:
+        """Of a model on torch's meta device, for images [C, H, W]: nothing is computed."""
+        with FlopCounterMode(display=False) as counter:
+            problems = attention_problems(model, (1, *image), torch.float32, "cpu", None)
+        flops = counter.get_total_flops()
+        for problem, count in problems.items():
+            pairs = math.prod(problem.spatial) * problem.heads * problem.window.num_neighbors
+            flops += 4 * pairs * problem.head_dim * count
+        return Cost(flops, sum(1 for _ in model.modules()))
+
+    def step_seconds(self, batch: int, device: str, mode: str) -> float:
+        """Seconds of one step on "cpu" (as many threads as torch has now) or "cuda", in "inference" or "training"."""
+        rate = _FLOPS_PER_S[device] * (torch.get_num_threads() if device == "cpu" else 1)
+        return _PASSES[mode] * (batch * self.flops / rate + _LAYER_S[device] * self.layers)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from natrain.bench.case import DTYPES, Case
 from natrain.bench.environment import commit_of_code, environment
 from natrain.bench.estimate import DIRECTIONS
 from natrain.bench.measure import Timing, measure
-from natrain.bench.model_cost import step_seconds
+from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
 from natrain.bench.run_case import Setup, run_case
 from natrain.bench.sweep import pin_threads
@@ -215,20 +215,23 @@ def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _estimate_s(setting: Mapping[str, Any], wanted: Mapping[str, Sequence[str]], runs: int, device: str) -> float:
     """A guess of the seconds that these runs take."""
-    size, channels = _image_size(setting), _channels(setting)
-    with torch.device("meta"):
-        model = timm.create_model(setting["model"], img_size=size)
+    cost = _cost(setting["model"], _image_size(setting), _channels(setting))
     seconds = 0.0
     for mode in (mode for modes in wanted.values() for mode in modes):
         steps = runs + 4 + _LAYER_CALLS
         drift_steps = 2 * (_DRIFT_STEPS if mode == "training" else 1)
         large, small = (
-            step_seconds(model, (batch, channels, *size), device, mode)
-            for batch in (setting["batch"], min(setting["batch"], _DRIFT_BATCH))
+            cost.step_seconds(batch, device, mode) for batch in (setting["batch"], min(setting["batch"], _DRIFT_BATCH))
         )
         seconds += _RUN_S[device] + _SLOWER * (steps * large + drift_steps * small)
         seconds += 2 * _COMPILE_S[device] if setting["compile"] else 0
     return seconds
+
+
+@lru_cache
+def _cost(model: str, size: tuple[int, int], channels: int) -> Cost:
+    with torch.device("meta"):
+        return Cost.of(timm.create_model(model, img_size=size), (channels, *size))
 
 
 def _measure(

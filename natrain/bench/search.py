@@ -111,5 +111,5 @@ def _tell(study: Any, number: int, result: Mapping[str, Any]) -> None:
 def _suggest(trial: Any, key: str, space: Any) -> Any:
     if isinstance(space, list):
         return trial.suggest_categorical(key, space)
-    kind = trial.suggest_int if isinstance(space["low"], int) else trial.suggest_float
-    return kind(key, **space)
+    is_whole = all(isinstance(space[end], int) for end in ("low", "high"))
+    return (trial.suggest_int if is_whole else trial.suggest_float)(key, **space)

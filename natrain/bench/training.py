@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from natrain.bench import rows
 from natrain.bench.environment import commit_of_code, environment
 from natrain.bench.jobs import Cluster, Job, need, run_jobs
-from natrain.bench.model_cost import step_seconds
+from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
 from natrain.bench.search import check_space, examples, run_search
 from natrain.data import build_datamodule
@@ -313,10 +313,9 @@ def _check_and_estimate(plan: TrainingPlan, out: Path, compose: Callable[[list[s
     if cfg.trainer.max_steps is not None:
         steps = min(steps, cfg.trainer.max_steps)
     device = "cuda" if torch.cuda.is_available() and cfg.trainer.accelerator != "cpu" else "cpu"
-    step_s, image_s = (
-        step_seconds(model, (batch, images["in_chans"], *images["img_size"]), device, mode)
-        for batch, mode in ((cfg.global_batch, "training"), (1, "inference"))
-    )
+    cost = Cost.of(model, (images["in_chans"], *images["img_size"]))
+    step_s = cost.step_seconds(cfg.global_batch, device, "training")
+    image_s = cost.step_seconds(cfg.global_batch, device, "inference") / cfg.global_batch
     evaluations = math.ceil(steps * cfg.global_batch / data.num_train)
     return _START_S + steps * step_s + evaluations * data.num_val * image_s
 

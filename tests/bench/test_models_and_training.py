@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from natrain.bench import jobs
+from natrain.bench import jobs, models
 from natrain.bench.jobs import Job
 from natrain.bench.models import COLUMNS, read_model_plan, run_models
 from natrain.bench.options import Options
@@ -430,6 +430,32 @@ def test_a_setting_that_a_search_may_choose_is_checked_first(tmp_path, trained, 
     path.write_text(SPACE.replace("seed: [1, 2]", "augment.mixup: [0.1, -2.0]"))
     assert main(["ablate", f"ablation={path}", f"out={tmp_path}/out"]) == 2
     assert "augment.mixup=-2.0 is not allowed" in capsys.readouterr().err and not trained
+
+
+def test_more_trials_are_not_the_first_ones_again(tmp_path, trained):
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        SPACE.replace("{kernel: [cpu, reference], seed: [1, 2]}", "{optim.weight_decay: {low: 0, high: 1.0}}")
+    )
+    for trials in (1, 2, 3):
+        words = [f"ablation={path}", f"out={tmp_path}/out", f"trials={trials}"]
+        assert main(["ablate", *words]) == 0
+    found = table(tmp_path / "out" / "training.csv")
+    assert [row["run"] for row in found] == ["trial-0", "trial-1", "trial-2"]
+    assert len({row["settings"] for row in found}) == 3
+
+
+def test_estimates_follow_the_work():
+    """Seconds for the small model on a CPU; a larger batch, more runs or a training step take longer."""
+    setting = {"model": "nat_digits", "precision": "fp32", "compile": 0, "batch": 4, "img_size": ""}
+
+    def estimate(runs=10, mode="inference", device="cpu", **changes) -> float:
+        return models._estimate_s({**setting, **changes}, {"cpu": [mode]}, runs, device)
+
+    assert 0.5 < estimate() < 2 and estimate(mode="training") > estimate()
+    assert estimate(batch=512) > 2 * estimate() and estimate(runs=200) > 1.1 * estimate()
+    assert 5 < estimate(model="nat_tiny", batch=128, device="cuda") < 60 < estimate(compile=1, device="cuda")
 
 
 def test_a_killed_trial_is_trained_again_where_it_was(tmp_path, trained, monkeypatch):
