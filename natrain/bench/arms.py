@@ -35,6 +35,9 @@ class Work(Protocol):
     def split(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(d_q, d_k, d_v), each [B, *S, N, D], out of the gradients of ``inputs``."""
 
+    def d_rpb(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        """That of the bias [N, 2k-1, ...] out of the gradients of ``inputs``; None where it has none of its own."""
+
 
 class Arm(Protocol):
     """A contender: what it cannot do, what it needs compiled, and its work on a problem."""
@@ -91,6 +94,9 @@ class _PackedWork:
 
     def split(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return gradients[0].unbind(-3)
+
+    def d_rpb(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        return None if self._rpb is None else gradients[1]
 
 
 class KernelArm:

@@ -11,8 +11,10 @@
     runs: 10                        # timed steps of each
 
 A row of models.csv is one kernel in one setting and mode. ``attention_share``: all attention layers alone, forward and
-in training backward, over the step. ``drift``: against the reference kernel with the same weights and data, in
-inference the relative difference of logits, in training the largest relative difference of ten steps' losses.
+in training backward, over the step. ``drift``: of the model as it is timed, compiled where it is, against an eager one
+on the reference kernel with the same weights and data, in inference the relative difference of logits, in training the
+largest relative difference of ten steps' losses. More models, kernels or precisions in the same folder add to it;
+another ``batch``, ``img_size`` or ``runs`` is another comparison.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,10 @@ from natrain.bench.case import DTYPES, Case
 from natrain.bench.environment import commit_of_code, environment
 from natrain.bench.estimate import DIRECTIONS
 from natrain.bench.measure import Timing, measure
+from natrain.bench.model_cost import Cost
+from natrain.bench.options import Options
 from natrain.bench.run_case import Setup, run_case
+from natrain.bench.sweep import pin_threads
 from natrain.errors import invalid
 from natrain.models import list_models
 from natrain.models.problems import attention_problems
@@ -54,13 +60,21 @@ COLUMNS = (
 )  # fmt: skip
 MODES = ("inference", "training")
 _DRIFT_STEPS, _DRIFT_BATCH = 10, 8
-# Guesses: seconds of one run, with building, drift and the layers alone; how much longer torch.compile makes it.
-_RUN_S, _COMPILED = {"cuda": 10, "cpu": 60}, 5
+# Guesses: seconds of a run besides its steps, and of compiling a model for one mode; how much slower than their fastest
+# kernel contenders are, and how many calls the layers alone get.
+_RUN_S, _COMPILE_S, _SLOWER, _LAYER_CALLS = {"cuda": 5, "cpu": 0.5}, {"cuda": 60, "cpu": 60}, 1.5, 12
+# Options of `natrain ablate` that are for sweeps alone -> what says the same here.
+INSTEAD = {
+    "only": "model=nat_tiny precision=fp16 into the same out=",
+    "arms": "kernels=naive,fused into the same out=",
+    "chunk": "nothing: a model is compiled when its turn comes",
+    "devices": "CUDA_VISIBLE_DEVICES=1 natrain ablate ... out=ANOTHER for a part of the models",
+}
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """See this module's head; ``digest`` covers all of it."""
+    """See this module's head; ``digest`` covers ``batch``, ``img_size`` and ``runs``, which all rows share."""
 
     models: tuple[str, ...]
     kernels: tuple[str, ...]
@@ -106,83 +120,141 @@ def read_model_plan(path: Path, changes: Mapping[str, Any]) -> ModelPlan:
     for name in lists["precision"]:
         if name not in ("bf16", "fp16", "fp32"):
             raise invalid("precision", name, "some of bf16, fp16, fp32", "precision=bf16")
-    baseline = found["baseline"] if found["baseline"] in lists["kernels"] else lists["kernels"][0]
+    for name in lists["compile"]:
+        if not isinstance(name, bool):
+            raise invalid("compile", name, "true, false or both", "compile=[false,true]")
+    for name, least, may_be_null in (("batch", 1, False), ("img_size", 1, True), ("runs", 3, False)):
+        value = found[name]
+        if (type(value) is not int or value < least) and not (may_be_null and value is None):
+            why = ", for an interval" if name == "runs" else " or null" if may_be_null else ""
+            example = {"batch": 64, "img_size": 224, "runs": 10}[name]
+            raise invalid(name, value, f"a whole number >= {least}{why}", f"{name}={example}")
+    baseline = found["baseline"]
+    if baseline not in lists["kernels"]:
+        if baseline is not None and ("baseline" in changes or "kernels" not in changes):
+            kernels = lists["kernels"]
+            raise invalid("baseline", baseline, f"one of {', '.join(kernels)}", f"baseline={kernels[0]}")
+        baseline = lists["kernels"][0]
+    measuring = (found["batch"], found["img_size"], found["runs"])
     return ModelPlan(
         tuple(lists["model"]),
         tuple(lists["kernels"]),
         baseline,
         tuple(lists["precision"]),
-        tuple(map(bool, lists["compile"])),
-        int(found["batch"]),
-        found["img_size"],
-        int(found["runs"]),
+        tuple(lists["compile"]),
+        *measuring,
         text,
-        hashlib.sha256(f"{text}\0{sorted(changes.items())!r}".encode()).hexdigest()[:12],
+        hashlib.sha256(repr(measuring).encode()).hexdigest()[:12],
     )
 
 
-def run_models(plan: ModelPlan, out: Path, device: str) -> int:
+def run_models(plan: ModelPlan, out: Path, device: str, options: Options | None = None) -> int:
     """Measure what models.csv in ``out`` lacks.
 
+    Returns:
+        0; 1 where no run of the plan has a time; 3 where the time limit came first.
+
     Raises:
-        ValueError: the folder belongs to another plan.
+        ValueError: the folder belongs to another plan, an option that this device does not have.
     """
-    path = out / "models.csv"
-    done = set()
-    if path.exists():
-        for row in rows.read(path, COLUMNS):
-            if row["plan"] != plan.digest:
-                raise invalid("out", str(out), f"a folder of this plan ({plan.digest})", "out=NEW")
-            done.add(tuple(row[name] for name in (*SETTING, "kernel", "mode")))
+    options, path = options or Options(), out / "models.csv"
+    if options.threads is not None:
+        if device != "cpu":
+            raise invalid("--threads", options.threads, "no threads on a GPU", "device=cpu --threads 2")
+        pin_threads(options.threads, 0)
+    latest = {}
+    for row in rows.read(path, COLUMNS) if path.exists() else ():
+        if row["plan"] != plan.digest:
+            allowed = f"a folder of this plan ({plan.digest}): same batch, img_size and runs"
+            raise invalid("out", str(out), allowed, "out=NEW")
+        latest[_key(row)] = row["status"]
+    done = {key for key, status in latest.items() if status == "ok" or not options.retry_failed}
     todo = []
     for setting in plan.settings:
-        values = [str(setting[name]) for name in SETTING]
-        wanted = {kernel: [mode for mode in MODES if (*values, kernel, mode) not in done] for kernel in plan.kernels}
+        wanted = {
+            kernel: [mode for mode in MODES if _key({**setting, "kernel": kernel, "mode": mode}) not in done]
+            for kernel in plan.kernels
+        }
         if any(wanted.values()):
-            todo.append((setting, wanted))
+            todo.append((setting, {kernel: modes for kernel, modes in wanted.items() if modes}))
     runs = sum(len(modes) for _, wanted in todo for modes in wanted.values())
     total = len(plan.settings) * len(plan.kernels) * len(MODES)
-    estimate_s = sum(
-        _RUN_S[device] * len(modes) * (_COMPILED if setting["compile"] else 1)
-        for setting, wanted in todo
-        for modes in wanted.values()
-    )
+    estimates = [_estimate_s(setting, wanted, plan.runs, device) for setting, wanted in todo]
     title = f"models ({plan.digest}): {total} runs in all"
-    print(f"{title}, {runs} to measure on {device}, about {estimate_s:.0f} s", flush=True)
-    if not todo:
-        return 0
-    out.mkdir(parents=True, exist_ok=True)
-    rows.start(path, COLUMNS)
-    (out / "plan.yaml").write_text(plan.text, encoding="utf-8")
-    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({**environment(device), "baseline": plan.baseline, "plan": "models"}) + "\n")
-    with tf32_products(True) if device == "cuda" else nullcontext():
-        _measure(plan, todo, path, device)
-    return 0
+    print(f"{title}, {runs} to measure on {device}, about {sum(estimates):.0f} s", flush=True)
+    if todo:
+        out.mkdir(parents=True, exist_ok=True)
+        rows.start(path, COLUMNS)
+        (out / "plan.yaml").write_text(plan.text, encoding="utf-8")
+        with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({**environment(device), "baseline": plan.baseline, "plan": "models"}) + "\n")
+    started = time.monotonic()
+    # Compiled code counts by function, and all models share theirs: each contender is compiled for two modes and two
+    # sizes. Past the limit a model would run eagerly under the name of a compiled one.
+    many = torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True)
+    with many, tf32_products(True) if device == "cuda" else nullcontext():
+        for index, (setting, wanted) in enumerate(todo):
+            if options.time_limit_s is not None:
+                if time.monotonic() - started + estimates[index] > options.time_limit_s:
+                    left = f"{len(todo) - index} settings are left, run it again"
+                    print(f"stopped by the time limit of {options.time_limit_s:.0f} s; {left}")
+                    return 3
+            _measure(plan, setting, wanted, path, device)
+    wanted = {
+        _key({**setting, "kernel": kernel, "mode": mode})
+        for setting in plan.settings
+        for kernel in plan.kernels
+        for mode in MODES
+    }
+    return 0 if any(_key(row) in wanted and row["status"] == "ok" for row in rows.read(path, COLUMNS)) else 1
+
+
+def _key(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in (*SETTING, "kernel", "mode"))
+
+
+def _estimate_s(setting: Mapping[str, Any], wanted: Mapping[str, Sequence[str]], runs: int, device: str) -> float:
+    """A guess of the seconds that these runs take."""
+    cost = _cost(setting["model"], _image_size(setting), _channels(setting))
+    seconds = 0.0
+    for mode in (mode for modes in wanted.values() for mode in modes):
+        steps = runs + 4 + _LAYER_CALLS
+        drift_steps = 2 * (_DRIFT_STEPS if mode == "training" else 1)
+        large, small = (
+            cost.step_seconds(batch, device, mode) for batch in (setting["batch"], min(setting["batch"], _DRIFT_BATCH))
+        )
+        seconds += _RUN_S[device] + _SLOWER * (steps * large + drift_steps * small)
+        seconds += 2 * _COMPILE_S[device] if setting["compile"] else 0
+    return seconds
+
+
+@lru_cache
+def _cost(model: str, size: tuple[int, int], channels: int) -> Cost:
+    with torch.device("meta"):
+        return Cost.of(timm.create_model(model, img_size=size), (channels, *size))
 
 
 def _measure(
-    plan: ModelPlan, todo: Sequence[tuple[dict[str, Any], dict[str, list[str]]]], path: Path, device: str
+    plan: ModelPlan, setting: dict[str, Any], wanted: Mapping[str, Sequence[str]], path: Path, device: str
 ) -> None:
-    """Append a row to ``path`` for every run of ``todo``: settings and the modes that each kernel lacks."""
-    for setting, wanted in todo:
-        for found in _run_setting(setting, wanted, plan.runs, device):
-            common = {
-                "plan": plan.digest,
-                **setting,
-                "device": environment(device)["device"],
-                "threads": torch.get_num_threads() if device == "cpu" else None,
-                "torch": torch.__version__,
-                "commit": commit_of_code(),
-                "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            }
-            rows.append(path, {**common, **found}, COLUMNS)
-            shown = found["images_per_s"] if found["status"] == "ok" else found["reason"][:150]
-            print(
-                f"{setting['model']} {setting['precision']} compile={setting['compile']} {found['kernel']} "
-                f"{found['mode']}: {found['status']} {shown}",
-                flush=True,
-            )
+    """Append a row to ``path`` for every mode that each kernel lacks."""
+    for found in _run_setting(setting, wanted, plan.runs, device):
+        common = {
+            "plan": plan.digest,
+            **setting,
+            "device": environment(device)["device"],
+            "threads": torch.get_num_threads() if device == "cpu" else None,
+            "torch": torch.__version__,
+            "commit": commit_of_code(),
+            "utc": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        rows.append(path, {**common, **found}, COLUMNS)
+        shown = found["images_per_s"] if found["status"] == "ok" else found["reason"][:150]
+        print(
+            f"{setting['model']} {setting['precision']} compile={setting['compile']} {found['kernel']} "
+            f"{found['mode']}: {found['status']} {shown}",
+            flush=True,
+        )
 
 
 @dataclass
@@ -225,7 +297,7 @@ def _run_setting(
             yield {"kernel": kernel, "mode": mode, "status": "failed", "reason": reason}
         for kernel, timing in timings.items():
             if mode not in truth:
-                truth[mode] = _signature(setting, "reference", mode, small, device)
+                truth[mode] = _signature({**setting, "compile": 0}, "reference", mode, small, device)
             drift = _drift(_signature(setting, kernel, mode, small, device), truth[mode])
             yield _row(setting, kernel, mode, timing, peaks[kernel], device) | {"drift": f"{drift:.3g}"}
     torch._dynamo.reset()  # the next setting's models are others, and compiled code of one function is limited
@@ -280,7 +352,7 @@ def _contender(
     setting: Mapping[str, Any], kernel: str, images: torch.Tensor, labels: torch.Tensor, device: str
 ) -> _Contender:
     model = _build(setting, kernel, device)
-    called = torch.compile(model) if setting["compile"] else model
+    called = torch.compile(model, dynamic=False) if setting["compile"] else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device == "cuda")
     scaler = torch.amp.GradScaler(device, enabled=setting["precision"] == "fp16")
     precision = _precision(setting, device)
@@ -310,8 +382,8 @@ def _precision(setting: Mapping[str, Any], device: str) -> Callable:
 def _signature(
     setting: Mapping[str, Any], kernel: str, mode: str, data: tuple[torch.Tensor, torch.Tensor], device: str
 ) -> torch.Tensor:
-    """Logits, or the losses of ten steps, of fresh weights on a few images; eager."""
-    contender = _contender({**setting, "compile": 0}, kernel, *data, device)
+    """Logits, or the losses of ten steps, of fresh weights on a few images."""
+    contender = _contender(setting, kernel, *data, device)
     step = contender.step(mode)
     if mode == "inference":
         return step().double()

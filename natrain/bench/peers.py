@@ -53,6 +53,9 @@ class _HeadsFirst:
     def split(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(self.heads_last(gradient) for gradient in gradients[:3])
 
+    def d_rpb(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        return None if self.bias is None else gradients[3]
+
 
 def _axis_masks(case: Case, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Per axis [L, L]: whether a query has a key, and the index of their bias."""
@@ -97,6 +100,9 @@ class _MaskedWork(_HeadsFirst):
 
     def forward(self) -> Tensor:
         return F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self._mask)
+
+    def d_rpb(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        return None  # a gradient of every pair of tokens in its place
 
 
 class _DenseWork(_HeadsFirst):
@@ -200,6 +206,9 @@ class _NattenWork:
 
     def split(self, gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(gradients[:3])
+
+    def d_rpb(self, gradients: Sequence[Tensor]) -> Tensor | None:
+        return None if self.bias is None else gradients[3]
 
 
 class _NattenUnfusedWork(_NattenWork):

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from natrain.bench.arms import Arm, backward_of
+from natrain.bench.arms import Arm, Work, backward_of
 from natrain.bench.case import Case
 from natrain.bench.estimate import DIRECTIONS, feature_bytes
 from natrain.bench.measure import Timing, measure, ratio
@@ -144,8 +145,12 @@ def _probe(case: Case, arm: Arm, which: str, inputs: Sequence[Inputs], truth: Tr
         peak = _peak_mib(device, before)
     else:
         calls = [backward_of(works[0])]
-        error = truth.backward_error(*works[0].split(calls[0]()))
+        gradients = calls[0]()
+        error = truth.backward_error(*works[0].split(gradients))
         peak = _peak_mib(device, before)
+        if truth.bias_inputs is not None:
+            error = max(error, _bias_error(case, arm, works[0], gradients, inputs[0], truth))
+        del gradients
         calls += [backward_of(work) for work in works[1:]]
     if not error <= TOLERANCES[case.dtype]:
         raise WrongOutput(f"wrong {which}: relative error {error:.2e}, at most {TOLERANCES[case.dtype]:.0e} passes")
@@ -154,6 +159,14 @@ def _probe(case: Case, arm: Arm, which: str, inputs: Sequence[Inputs], truth: Tr
     calls[0]()
     _synchronize(device)
     return _Probed(calls, error, peak, time.perf_counter() - started)
+
+
+def _bias_error(case: Case, arm: Arm, work: Work, gradients: Sequence[Tensor], inputs: Inputs, truth: Truth) -> float:
+    if truth.bias_inputs is not inputs:
+        work = arm.work(case, truth.bias_inputs)
+        gradients = backward_of(work)()
+    d_rpb = work.d_rpb(gradients)
+    return 0.0 if d_rpb is None else truth.bias_error(d_rpb)
 
 
 def _without_result(forward: Callable[[], Any]) -> Callable[[], None]:

@@ -1,14 +1,15 @@
 """The float64 truth of a benchmark's problem at some places, cheap at any size: a time counts only beside an error.
 
 Outputs and gradients of queries at a few tokens, of keys and values at fewer (a key is in the windows of many queries),
-always both corners of the map. Written from the definition of attention with the window arithmetic of
+always both corners of the map; the gradient of a bias in full, where too many queries add to it for an output gradient
+that only some of them get. Written from the definition of attention with the window arithmetic of
 ``natrain.ops.window`` alone; no kernel takes part.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 3e-3, torch.float16: 5e-3, tor
 _QUERIES = 32
 _MOST_KEYS = 8
 _PAIRS_OF_KEYS = 2**24  # queries x neighbours that the gradients of sampled keys may cost
+_BIAS_PAIRS = 2**18  # queries x neighbours that the gradient of a bias may cost
 _CHUNK_ELEMENTS = 2**25
 
 
@@ -65,7 +67,11 @@ def random_inputs(case: Case, device: str, seed: int = 0) -> Inputs:
 
 @dataclass(frozen=True)
 class Truth:
-    """``at_queries`` and ``at_keys`` index [B, T, N, D]; the values are float64, [samples, D]."""
+    """``at_queries`` and ``at_keys`` index [B, T, N, D]; the values are float64, [samples, D].
+
+    ``d_rpb`` [N, 2k-1, ...] is that of ``bias_inputs``: the inputs themselves, or with an output gradient that is zero
+    but at sampled queries, since every query adds to it. Both are None without a bias.
+    """
 
     at_queries: tuple[Tensor, Tensor, Tensor]
     at_keys: tuple[Tensor, Tensor, Tensor]
@@ -73,6 +79,8 @@ class Truth:
     d_q: Tensor
     d_k: Tensor
     d_v: Tensor
+    bias_inputs: Inputs | None
+    d_rpb: Tensor | None
 
     def forward_error(self, out: Tensor) -> float:
         """Relative error of ``out`` [B, *S, N, D]: norm of the difference over norm of the truth, at the samples."""
@@ -86,9 +94,17 @@ class Truth:
             _relative(d_v, self.at_keys, self.d_v),
         )
 
+    def bias_error(self, d_rpb: Tensor) -> float:
+        """Relative error of the gradient of the bias, found with ``bias_inputs``."""
+        return _distance(d_rpb, self.d_rpb)
+
 
 def _relative(found: Tensor, places: tuple[Tensor, ...], truth: Tensor) -> float:
-    found = _tokens(found)[places].double()
+    return _distance(_tokens(found)[places], truth)
+
+
+def _distance(found: Tensor, truth: Tensor) -> float:
+    found = found.double()
     error = ((found - truth).norm() / truth.norm()).item()
     return error if math.isfinite(error) else math.inf
 
@@ -114,7 +130,8 @@ def sample_truth(case: Case, inputs: Inputs, seed: int = 0) -> Truth:
     solved = [_solve(table, inputs, part, scale) for part in _chunks(case, at_queries)]
     out, d_q = (torch.cat(found) for found in zip(*[(s.out, s.d_q) for s in solved], strict=True))
     d_k, d_v = _key_gradients(case, table, inputs, at_keys, scale)
-    return Truth(at_queries, at_keys, out, d_q, d_k, d_v)
+    bias = (None, None) if inputs.rpb is None else _bias_gradient(case, table, inputs, generator, scale)
+    return Truth(at_queries, at_keys, out, d_q, d_k, d_v, *bias)
 
 
 def _places(case: Case, count: int, generator: torch.Generator, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -167,10 +184,11 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Solved:
-    """Float64, of Q queries: neighbours and probabilities [Q, K], out and d_q [Q, D], d_scores [Q, K]."""
+    """Float64, of Q queries: neighbours, bias indices, probabilities and d_scores [Q, K], out and d_q [Q, D]."""
 
     keys: Tensor
     valid: Tensor
+    bias: Tensor
     probs: Tensor
     d_scores: Tensor
     out: Tensor
@@ -190,7 +208,7 @@ def _solve(table: _Table, inputs: Inputs, places: tuple[Tensor, Tensor, Tensor],
     out = torch.einsum("qk,qkd->qd", probs, v)
     d_probs = torch.einsum("qd,qkd->qk", d_out, v)
     d_scores = probs * (d_probs - (d_out * out).sum(-1, keepdim=True))
-    return _Solved(keys, valid, probs, d_scores, out, scale * torch.einsum("qk,qkd->qd", d_scores, k))
+    return _Solved(keys, valid, bias, probs, d_scores, out, scale * torch.einsum("qk,qkd->qd", d_scores, k))
 
 
 def _key_gradients(
@@ -209,6 +227,28 @@ def _key_gradients(
             share = (shares * slot).sum(1, keepdim=True)
             total.index_add_(0, key, share * _tokens(rows)[tuple(places)].double())
     return d_k, d_v
+
+
+def _bias_gradient(
+    case: Case, table: _Table, inputs: Inputs, generator: torch.Generator, scale: float
+) -> tuple[Inputs, Tensor]:
+    """``bias_inputs`` and ``d_rpb`` of the truth."""
+    sizes, device = (case.batch, case.tokens, case.heads), inputs.q.device
+    total, count = math.prod(sizes), max(1, _BIAS_PAIRS // case.window.num_neighbors)
+    if count >= total:
+        chosen = torch.arange(total)
+    else:
+        chosen = torch.randint(total, (count,), generator=generator).unique()
+        d_out, places = torch.zeros_like(inputs.d_out), torch.unravel_index(chosen.to(device), sizes)
+        _tokens(d_out)[places] = _tokens(inputs.d_out)[places]
+        inputs = replace(inputs, d_out=d_out)
+    d_rpb = torch.zeros(inputs.rpb.shape, dtype=torch.float64, device=device)
+    width = d_rpb[0].numel()
+    for places in _chunks(case, torch.unravel_index(chosen.to(device), sizes)):
+        solved = _solve(table, inputs, places, scale)
+        index = places[2][:, None] * width + solved.bias
+        d_rpb.view(-1).index_add_(0, index[solved.valid], solved.d_scores[solved.valid])
+    return inputs, d_rpb
 
 
 def _chunks(case: Case, places: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:

@@ -7,7 +7,8 @@
   natrain ablate ablation=training seeds=5 data.root=DIR             short trainings, paired by seed
   natrain ablate ablation=search trials=20 cluster=slurm             any setting of `natrain train`, by Optuna
 Prints the number of runs and an estimate before it starts. A row of results.csv in runs/ablations/NAME-HASH is one run;
-`natrain report` makes a page of it. A contender can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
+`natrain report` makes a page of it; wandb=PROJECT logs the page's tables to Weights & Biases at the end. A contender
+can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from natrain.errors import invalid, nearest
 
-_OPTIONS = ("ablation", "device", "devices", "out")
+_OPTIONS = ("ablation", "device", "devices", "out", "wandb")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,8 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     import yaml
 
     from natrain.bench.sweep import default_device
+    from natrain.report.build import build_page
+    from natrain.report.tables import check_wandb, log_tables
 
-    words = dict(zip(_OPTIONS, (None, None, "1", None), strict=True))
+    words = dict(zip(_OPTIONS, (None, None, "1", None, None), strict=True))
     changes = []
     for word in arguments.words:
         key, equals, value = word.partition("=")
@@ -52,11 +55,15 @@ def run(arguments: argparse.Namespace) -> int:
     device = words["device"] or default_device()
     if device not in ("cuda", "cpu"):
         raise invalid("device", device, "cuda or cpu", "device=cuda")
+    if words["wandb"] is not None:
+        check_wandb("wandb", words["wandb"])
     kinds = {"kernels": _kernels, "models": _models, "training": _training}
     kind = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("kind", "kernels")
     if kind not in kinds:
         raise invalid("kind", kind, f"one of {', '.join(kinds)}", "kind: kernels")
     out, code = kinds[kind](path, words, changes, device, arguments)
+    if words["wandb"] is not None:
+        log_tables(build_page([out]), words["wandb"], out)
     print(f"the page: natrain report {out}")
     return code
 
@@ -105,22 +112,27 @@ def _kernels(
 def _models(
     path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
 ) -> tuple[Path, int]:
-    from natrain.bench.models import read_model_plan, run_models
+    from natrain.bench.models import INSTEAD, read_model_plan, run_models
+    from natrain.bench.options import Options
     from natrain.bench.plan import parse_changes
 
+    options = Options.of(arguments, words["devices"], "models", INSTEAD)
     plan = read_model_plan(path, parse_changes(changes))
     out = _out(words, path.stem, plan.digest)
-    return out, run_models(plan, out, device)
+    return out, run_models(plan, out, device, options)
 
 
 def _training(
     path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
 ) -> tuple[Path, int]:
-    from natrain.bench.training import read_training_plan, run_training
+    from natrain.bench.options import Options
+    from natrain.bench.training import INSTEAD, read_training_plan, run_training
+    from natrain.cli.compose import compose_config
 
-    plan = read_training_plan(path, changes)
+    options = Options.of(arguments, words["devices"], "training", INSTEAD)
+    plan = read_training_plan(path, changes, words["device"])
     out = _out(words, path.stem, plan.digest)
-    return out, run_training(plan, out, device)
+    return out, run_training(plan, out, compose_config, options)
 
 
 def _out(words: dict[str, str], name: str, digest: str) -> Path:

@@ -21,7 +21,10 @@ def run(arguments: argparse.Namespace) -> int:
     from natrain.report.build import build_page
     from natrain.report.html import html
     from natrain.report.markdown import write_markdown
+    from natrain.report.tables import check_wandb, log_tables
 
+    if arguments.wandb is not None:
+        check_wandb("--wandb", arguments.wandb)
     page = build_page(arguments.runs, arguments.title, arguments.baseline)
     out = arguments.out or arguments.runs[0]
     out.mkdir(parents=True, exist_ok=True)
@@ -30,16 +33,6 @@ def run(arguments: argparse.Namespace) -> int:
     for line in page.summary:
         print(line)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
-    if arguments.wandb:
-        _log(page, arguments.wandb, out)
+    if arguments.wandb is not None:
+        log_tables(page, arguments.wandb, out)
     return 0
-
-
-def _log(page, project: str, folder: Path) -> None:
-    """The tables of the page as wandb's; WANDB_MODE=offline keeps them in the folder."""
-    import wandb
-
-    with wandb.init(project=project, name=page.title, dir=str(folder), job_type="report") as run:
-        for table in page.tables:
-            cells = [[None if cell is None else cell for cell in row] for row in table.rows]
-            run.log({table.name: wandb.Table(columns=list(table.columns), data=cells, allow_mixed_types=True)})

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from natrain.bench import models, rows, training
-from natrain.errors import invalid
+from natrain.errors import invalid, nearest
 from natrain.report import kernels, others
 from natrain.report.blocks import Page, Section, Table
 
@@ -17,6 +17,14 @@ _ENVIRONMENT = (
     "device", "count", "threads", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit",
     "temperature.gpu", "natrain", "commit", "torch", "cuda", "timm", "natten", "python", "platform", "command",
 )  # fmt: skip
+
+
+# The CSV of each kind of ablation: its columns, and the one that names the contender.
+_FILES = {
+    "results.csv": (rows.COLUMNS, "arm"),
+    "models.csv": (models.COLUMNS, "kernel"),
+    "training.csv": (training.COLUMNS, "kernel"),
+}
 
 
 def build_page(folders: Sequence[Path], title: str | None = None, baseline: str | None = None) -> Page:
@@ -35,7 +43,7 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
     summary: list[str] = []
     default = baseline or next((session["baseline"] for session in sessions if "baseline" in session), None)
     for folder in folders:
-        files = [name for name in ("results.csv", "models.csv", "training.csv") if (folder / name).is_file()]
+        files = [name for name in _FILES if (folder / name).is_file()]
         if not files:
             raise invalid(
                 "RUN", str(folder), "a folder of `natrain ablate` with results", "natrain report runs/ablations/NAME"
@@ -49,8 +57,9 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
                 lines = list(rows.read(folder / name, training.COLUMNS))
                 found += others.training_sections(lines, folder, default)
                 summary += training.comparison(lines, default)
+    _check_baseline(folders, baseline)
     if runs:
-        results = _results(runs, default, baseline)
+        results = _results(runs, default)
         ceilings = next((session for session in reversed(sessions) if "copy_bytes_per_s" in session), {})
         summary = kernels.summary(results) + summary
         found = kernels.sections(results, ceilings) + found
@@ -59,10 +68,23 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
     return Page(title or f"{names} on {device}", tuple(summary), (*found, _environment(sessions)))
 
 
-def _results(runs: list[kernels.Run], default: str | None, asked: str | None) -> kernels.Results:
+def _check_baseline(folders: Sequence[Path], asked: str | None) -> None:
+    """Refuses a baseline that no folder has a result of."""
+    if asked is None:
+        return
+    timed: dict[str, None] = {}
+    for folder in folders:
+        for name, (columns, contender) in _FILES.items():
+            if (folder / name).is_file():
+                read = rows.read(folder / name, columns)
+                timed |= dict.fromkeys(row[contender] for row in read if row["status"] == "ok")
+    if asked not in timed:
+        best = nearest(asked, timed) or next(iter(timed), "cpu")
+        raise invalid("--baseline", asked, f"one of {', '.join(timed)}", f"--baseline {best}")
+
+
+def _results(runs: list[kernels.Run], default: str | None) -> kernels.Results:
     timed = list(dict.fromkeys(run.arm for run in runs if run.ms is not None))
-    if asked is not None and asked not in timed:
-        raise invalid("--baseline", asked, f"one of {', '.join(timed)}", f"--baseline {timed[0] if timed else 'cpu'}")
     chosen = default if default in timed else next(iter(timed), "")
     return kernels.Results(tuple(runs), chosen)
 

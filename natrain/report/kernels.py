@@ -117,7 +117,10 @@ _ROOF_TEXT = (
     "gradients, once). The dashed line is what this device was measured to do: a copy, and torch's matrix product."
 )
 _MEMORY_TEXT = "Memory a call takes at its peak beyond its inputs, in multiples of the size of q."
-_ERROR_TEXT = "Relative error against float64 at sampled places: out; the worst of the gradients of q, k and v."
+_ERROR_TEXT = (
+    "Relative error against float64 at sampled places: out; the worst of the gradients of q, k, v and a bias (rows of "
+    "older commits: of q, k and v)."
+)
 
 
 def _rounded(value: float, digits: int = 2) -> float:

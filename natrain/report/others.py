@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from natrain.bench.models import SETTING
 from natrain.bench.training import comparison
 from natrain.report import svg
 from natrain.report.blocks import Chart, Section, Table
@@ -17,6 +18,7 @@ def _number(text: str) -> float | None:
 
 def model_sections(rows: Sequence[Mapping[str, str]], baseline: str) -> list[Section]:
     """images/s, memory, the share of attention and drift, a section a mode."""
+    rows = _latest(rows, (*SETTING, "kernel", "mode"))
     sections = []
     for mode in ("training", "inference"):
         own = [row for row in rows if row["mode"] == mode]
@@ -72,6 +74,11 @@ def model_sections(rows: Sequence[Mapping[str, str]], baseline: str) -> list[Sec
     return sections
 
 
+def _latest(rows: Sequence[Mapping[str, str]], names: Sequence[str]) -> list[Mapping[str, str]]:
+    """The last row of each run: one that failed may have been run again."""
+    return list({tuple(row[name] for name in names): row for row in rows}.values())
+
+
 def _setting(row: Mapping[str, str]) -> str:
     compiled = " compiled" if row["compile"] == "1" else ""
     size = f" {row['img_size']} px" if row["img_size"] else ""
@@ -80,6 +87,7 @@ def _setting(row: Mapping[str, str]) -> str:
 
 def training_sections(rows: Sequence[Mapping[str, str]], folder: Path, baseline: str) -> list[Section]:
     """Loss curves, accuracies, and the paired comparison."""
+    rows = _latest(rows, ("run",))
     table = Table(
         "trainings",
         "Trainings",

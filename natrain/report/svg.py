@@ -1,7 +1,8 @@
 """Charts as SVG text: readable without colour, in print and on a phone; no script, no font, no network.
 
-Series differ in colour (Okabe and Ito's, which colour-blind readers tell apart) and in the shape of their marks; a cell
-of a heat map says its number. Every mark has a title that names it.
+Series differ in colour (Okabe and Ito's, which colour-blind readers tell apart, without their light ones, which white
+paper swallows) and in the shape of their marks; a cell of a heat map says its number. Every mark has a title that names
+it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#4B1FBF", "#5C3D00", "#444444")
 _WIDTH = 640
 _INK, _FAINT = "#222222", "#D0D0D0"
 _FONT = 'font-family="system-ui, sans-serif"'
@@ -202,11 +203,24 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def diverging(ratio: float) -> tuple[str, str]:
-    """(fill, ink) of a speed-up: white at 1, blue above, orange below, full at 8x and 1/8x."""
+    """(fill, ink) of a speed-up: white at 1, blue above, orange below, full at 8x and 1/8x; the ink that reads best."""
     share = max(-1.0, min(1.0, math.log2(ratio) / 3))
     target = (0, 90, 160) if share >= 0 else (200, 80, 0)
     red, green, blue = (round(255 + abs(share) * (channel - 255)) for channel in target)
-    return f"#{red:02X}{green:02X}{blue:02X}", "#FFFFFF" if abs(share) > 0.55 else _INK
+    fill = f"#{red:02X}{green:02X}{blue:02X}"
+    return fill, max(("#000000", "#FFFFFF"), key=lambda ink: contrast(fill, ink))
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast ratio of two colours, 1 to 21."""
+    dark, light = sorted(map(_luminance, (one, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    linear = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return sum(share * c for share, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def heat_map(

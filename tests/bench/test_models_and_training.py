@@ -5,14 +5,24 @@ from __future__ import annotations
 import csv
 import math
 import random
+import time
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
+from natrain.bench import jobs, models
+from natrain.bench.jobs import Job
 from natrain.bench.models import COLUMNS, read_model_plan, run_models
-from natrain.bench.training import Job, comparison, paired_interval, read_training_plan
+from natrain.bench.options import Options
+from natrain.bench.training import comparison, paired_interval, read_training_plan, run_training
 from natrain.cli import main
+from natrain.cli.compose import compose_config
 from natrain.cli.settings import config_folder
+from natrain.layers.attention import NeighborhoodAttention2d
+from natrain.ops import registry
+from natrain.ops.cpu import CpuKernel
 
 MODELS, TRAINING, SEARCH = (config_folder() / "ablation" / f"{name}.yaml" for name in ("models", "training", "search"))
 # Two steps of the small model on the digits.
@@ -53,6 +63,135 @@ def test_models_in_both_modes_with_their_drift(tmp_path, capsys):
     assert "6 runs in all, 0 to measure" in capsys.readouterr().out
 
 
+SMALL = {"model": "nat_digits", "precision": "fp32", "compile": False, "batch": 2, "runs": 3}
+
+
+def measured(tmp_path, **changes) -> dict[tuple[str, str], dict[str, str]]:
+    assert run_models(read_model_plan(MODELS, {**SMALL, **changes}), tmp_path, "cpu") == 0
+    return {(row["kernel"], row["mode"]): row for row in table(tmp_path / "models.csv")}
+
+
+class _Off(CpuKernel):
+    """An output by a factor too large, after a sleep; the gradients are right, after a sleep."""
+
+    name, summary = "off", "wrong and slow"
+    factor, sleep_s = 1.0, 0.0
+
+    def forward(self, *arguments):
+        out, lse = super().forward(*arguments)
+        time.sleep(self.sleep_s)
+        return out * self.factor, lse
+
+    def backward(self, *arguments):
+        time.sleep(self.sleep_s)
+        return super().backward(*arguments)
+
+
+@pytest.fixture
+def off(monkeypatch) -> _Off:
+    registry.kernels()
+    monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
+    yield registry.register(_Off())
+    registry._choose_cached.cache_clear()
+
+
+def by_hand(kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the losses of ten steps, of the small model on the same two images."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 1, 8, 8, generator=generator)
+    labels = torch.randint(10, (2,), generator=generator)
+    torch.manual_seed(0)
+    model = timm.create_model("nat_digits", num_classes=10, kernel=kernel)
+    with torch.no_grad():
+        logits = model.eval()(images).double()
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4), []
+    model.train()
+    torch.manual_seed(1)
+    for _ in range(10):
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return logits, torch.tensor(losses, dtype=torch.float64)
+
+
+def test_the_drift_of_a_wrong_kernel_is_that_found_by_hand(tmp_path, off):
+    off.factor = 1.2
+    found = measured(tmp_path, kernels=["off"])
+    (logits, losses), (true_logits, true_losses) = by_hand("off"), by_hand("reference")
+    expected = {
+        "inference": ((logits - true_logits).norm() / true_logits.norm()).item(),
+        "training": ((losses - true_losses).abs() / true_losses).max().item(),
+    }
+    for mode, drift in expected.items():
+        assert drift > 1e-4 and float(found["off", mode]["drift"]) == pytest.approx(drift, rel=0.02)
+
+
+def test_the_drift_of_a_compiled_model_is_that_of_its_compiled_code(tmp_path, monkeypatch):
+    """A compiler that makes every output ten times as large."""
+
+    class Compiled:
+        def __init__(self, model, **_):
+            self.model = model
+
+        def __call__(self, images):
+            return 10 * self.model(images)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    found = measured(tmp_path, kernels=["cpu"], compile=True)
+    assert float(found["cpu", "inference"]["drift"]) == pytest.approx(9, rel=1e-3)
+    assert float(found["cpu", "training"]["drift"]) > 0.1
+
+
+def test_the_share_of_attention_is_what_the_kernel_takes(tmp_path, off):
+    """Every layer sleeps 20 ms forward and 20 ms backward; the rest of a step takes a few milliseconds."""
+    off.sleep_s = 0.02
+    found = measured(tmp_path, kernels=["off", "cpu"])
+    layers = sum(isinstance(module, NeighborhoodAttention2d) for module in timm.create_model("nat_digits").modules())
+    for mode, passes in (("inference", 1), ("training", 2)):
+        row = found["off", mode]
+        slept = passes * layers * 20 / float(row["step_ms"])
+        assert slept > 0.6 and slept <= float(row["attention_share"]) < min(1.05, slept + 0.2)
+        assert float(found["cpu", mode]["attention_share"]) < 0.7 * float(row["attention_share"])
+
+
+def test_more_kernels_and_failed_ones_add_to_a_folder(tmp_path, capsys):
+    assert set(measured(tmp_path, kernels=["cpu"])) == {("cpu", "inference"), ("cpu", "training")}
+    assert len(measured(tmp_path, kernels=["cpu", "naive"])) == 4
+    assert "4 runs in all, 2 to measure" in capsys.readouterr().out
+    plan = read_model_plan(MODELS, {**SMALL, "kernels": ["naive"]})
+    assert run_models(plan, tmp_path, "cpu") == 1 and run_models(plan, tmp_path, "cpu", Options(retry_failed=True)) == 1
+    said = capsys.readouterr().out
+    assert "2 runs in all, 0 to measure" in said and "2 runs in all, 2 to measure" in said
+    with pytest.raises(ValueError, match="same batch, img_size and runs"):
+        run_models(read_model_plan(MODELS, {**SMALL, "batch": 3}), tmp_path, "cpu")
+    plan = read_model_plan(MODELS, {**SMALL, "kernels": ["reference"]})
+    assert run_models(plan, tmp_path, "cpu", Options(time_limit_s=0.01)) == 3
+    assert "1 settings are left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["runs=0"], "runs=0 is not allowed: expected a whole number >= 3"),
+        (["batch=0"], "batch=64"),
+        (["img_size=big"], "img_size=224"),
+        (["compile=maybe"], "compile=[false,true]"),
+        (["kernels=cpu", "baseline=naive"], "baseline=cpu"),
+        (["--only", "model=nat_tiny"], "--only=['model=nat_tiny'] is not allowed"),
+        (["--arms", "cpu"], "kernels=naive,fused"),
+        (["--chunk", "1"], "--chunk=1 is not allowed"),
+        (["--threads", "0"], "--threads 2"),
+        (["devices=2"], "CUDA_VISIBLE_DEVICES=1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(words, message, tmp_path, capsys):
+    assert main(["ablate", "ablation=models", f"out={tmp_path}/out", "device=cpu", *words]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -82,12 +221,13 @@ def test_the_interval_holds_the_true_difference_about_95_times_in_100():
 
 def test_comparison_pairs_by_seed():
     rows = [
-        {"kernel": kernel, "seed": str(seed), "status": "ok", "top1": str(top1), "images_per_s": str(speed)}
+        {"kernel": kernel, "seed": str(seed), "trial": "", "status": "ok", "top1": top1, "images_per_s": speed}
         for kernel, seed, top1, speed in [
             ("a", 0, 50, 100), ("a", 1, 60, 100), ("a", 2, 70, 100),
             ("b", 1, 61, 200), ("b", 0, 51, 200), ("b", 9, 1, 1),
         ]
     ]  # fmt: skip
+    rows.append({**rows[3], "trial": "0", "seed": "2", "top1": 0})
     (line,) = comparison(rows, "a")
     assert line.startswith("b against a, 2 seeds: top-1 +1.00 points (95 %: +1.00 to +1.00), 2.00x the images/s")
 
@@ -118,7 +258,7 @@ def test_optuna_searches_and_goes_on(tmp_path, capsys):
     assert len(set(rates)) == 2 and all(1e-4 <= rate <= 4e-3 for rate in rates)
     assert "best: top-1" in capsys.readouterr().out
     assert main(["ablate", *words, "trials=2"]) == 0
-    assert "2 trials in all, 2 done" in capsys.readouterr().out
+    assert "2 trials in all, 0 to run" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -140,9 +280,217 @@ def test_a_job_is_what_one_would_type():
     ]  # fmt: skip
 
 
+SPACE = """\
+kind: training
+kernels: [auto]
+seeds: 1
+trials: 4
+settings: [model=nat_digits, data=digits, recipe=digits, optim.lr=1e-3]
+search: {kernel: [cpu, reference], seed: [1, 2]}
+"""
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[list[str]]:
+    """The commands of trainings that were not run; each reaches an accuracy of its seed."""
+    commands = []
+
+    def run_job(job: Job) -> dict[str, str]:
+        commands.append(job.command())
+        return {"status": "ok", "top1": str(job.seed), "images_per_s": "1", "seconds": "1"}
+
+    monkeypatch.setattr(jobs, "run_job", run_job)
+    return commands
+
+
+def test_a_searched_kernel_and_seed_are_those_that_train(tmp_path, trained, capsys):
+    """Each is said once to `natrain train`, and the row and the best line say the same."""
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE)
+    assert run_training(read_training_plan(path, []), tmp_path / "out", compose_config) == 0
+    found = table(tmp_path / "out" / "training.csv")
+    told = [[word for word in command if word.startswith(("kernel=", "seed="))] for command in trained]
+    assert [[f"kernel={row['kernel']}", f"seed={row['seed']}"] for row in found] == told
+    assert {row["seed"] for row in found} <= {"1", "2"} and len(found) == 4
+    best = max(found, key=lambda row: float(row["top1"]))
+    said = capsys.readouterr().out.rpartition("best: ")[2]
+    assert f"seed={best['seed']}" in said and f"top-1 {float(best['top1']):.2f} %" in said
+
+
+def test_a_typed_kernel_and_seed_of_a_search_are_those_that_train(tmp_path, trained):
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE.replace("{kernel: [cpu, reference], seed: [1, 2]}", "{optim.weight_decay: [0.1, 0.2]}"))
+    plan = read_training_plan(path, ["kernel=reference", "seed=7", "trials=1"])
+    assert run_training(plan, tmp_path / "out", compose_config) == 0
+    (command,), (row,) = trained, table(tmp_path / "out" / "training.csv")
+    assert [word for word in command if word.startswith(("kernel=", "seed="))] == ["kernel=reference", "seed=7"]
+    assert (row["kernel"], row["seed"]) == ("reference", "7")
+    assert row["settings"].startswith("model=nat_digits data=digits recipe=digits optim.lr=1e-3 optim.weight_decay=0.")
+
+
+def test_what_is_searched_cannot_be_typed_too(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE)
+    with pytest.raises(ValueError, match="seed='7' is not allowed.*no seed="):
+        read_training_plan(path, ["seed=7"])
+
+
+PAIRED = """\
+kind: training
+kernels: [cpu]
+seeds: 1
+settings: [model=nat_digits, data=digits, recipe=digits]
+"""
+
+
+@pytest.fixture
+def ablate(tmp_path):
+    """`natrain ablate` of a comparison of trainings, with further words."""
+    (tmp_path / "mine.yaml").write_text(PAIRED)
+    return lambda *words: main(["ablate", f"ablation={tmp_path}/mine.yaml", f"out={tmp_path}/out", *words])
+
+
+def test_more_seeds_and_kernels_add_to_a_folder(tmp_path, trained, ablate, capsys):
+    assert ablate() == 0
+    assert ablate("seeds=2") == 0
+    assert ablate("seeds=2", "kernels=cpu,reference") == 0
+    said = capsys.readouterr().out
+    assert "2 trainings in all, 1 to run, about" in said and "4 trainings in all, 2 to run, about" in said
+    assert "1 left, about" in said
+    found = [(row["kernel"], row["seed"]) for row in table(tmp_path / "out" / "training.csv")]
+    assert found == [("cpu", "0"), ("cpu", "1"), ("reference", "0"), ("reference", "1")] and len(trained) == 4
+    assert ablate("optim.lr=1e-4") == 2
+    assert "same settings" in capsys.readouterr().err and len(trained) == 4
+
+
+def test_failed_trainings_are_run_again_when_asked(tmp_path, trained, ablate, monkeypatch, capsys):
+    """All failed: exit code 1, and again the second time, which runs nothing."""
+    works = jobs.run_job
+    monkeypatch.setattr(jobs, "run_job", lambda job: {"status": "failed", "reason": "no"})
+    assert ablate() == 1 and ablate() == 1
+    assert "1 trainings in all, 0 to run" in capsys.readouterr().out
+    monkeypatch.setattr(jobs, "run_job", works)
+    assert ablate("--retry-failed") == 0
+    assert [row["status"] for row in table(tmp_path / "out" / "training.csv")] == ["failed", "ok"]
+    assert ablate("--retry-failed") == 0 and len(trained) == 1
+
+
+def test_a_time_limit_stops_between_trainings(trained, ablate, capsys):
+    """One training is guessed to take longer than a second."""
+    assert ablate("--time-limit", "1") == 3
+    assert not trained and "1 are left, run it again" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["optim.lrr=1"], "optim.lr"),
+        (["optim.lr=-1"], "optim.lr"),
+        (["data=imagefolder"], "data.root"),
+        (["data=cifar10", "model=nat_cifar", "data.root=/no/such/folder"], "/no/such/folder"),
+        (["global_batch=100000"], "global_batch"),
+        (["--only", "dtype=fp16"], "--only=['dtype=fp16'] is not allowed: expected no such option where kind is trai"),
+        (["--arms", "cpu"], "kernels=cpu,reference"),
+        (["--threads", "2"], "OMP_NUM_THREADS=2"),
+        (["--chunk", "3"], "parallel=4"),
+        (["devices=2"], "trainer.devices=4"),
+        (["device=cpu", "trainer.accelerator=auto"], "device='cpu' is not allowed"),
+        (["cluster=local", "--time-limit", "5"], "cluster_options.timeout_min=60"),
+        (["cluster=local", "cluster_options.timeout_mn=60"], "timeout_min"),
+        (["cluster=slurm"], "cluster='slurm' is not allowed: expected a machine of SLURM, with srun"),
+        (["baseline=reference"], "baseline=cpu"),
+        (["trials=3"], "seeds=5"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_first_training(words, message, trained, ablate, capsys):
+    assert ablate(*words) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not trained
+
+
+def test_the_device_that_is_asked_for_trains(tmp_path, trained, ablate):
+    assert ablate("device=cpu") == 0
+    assert "trainer.accelerator=cpu" in trained[0]
+    assert "trainer.accelerator=cpu" in table(tmp_path / "out" / "training.csv")[0]["settings"]
+
+
+def test_options_of_a_cluster_are_typed(tmp_path):
+    plan = read_training_plan(TRAINING, ["cluster=local", "cluster_options.timeout_min=60", "cluster_options.nodes=1"])
+    assert plan.cluster.executor(tmp_path)._executor.parameters["timeout_min"] == 60
+
+
+def test_a_setting_that_a_search_may_choose_is_checked_first(tmp_path, trained, capsys):
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(SPACE.replace("seed: [1, 2]", "optim.lrr: [1, 2]"))
+    assert main(["ablate", f"ablation={path}", f"out={tmp_path}/out"]) == 2
+    assert "did you mean 'optim.lr'?" in capsys.readouterr().err and not trained
+    path.write_text(SPACE.replace("seed: [1, 2]", "augment.mixup: [0.1, -2.0]"))
+    assert main(["ablate", f"ablation={path}", f"out={tmp_path}/out"]) == 2
+    assert "augment.mixup=-2.0 is not allowed" in capsys.readouterr().err and not trained
+
+
+def test_more_trials_are_not_the_first_ones_again(tmp_path, trained):
+    pytest.importorskip("optuna")
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        SPACE.replace("{kernel: [cpu, reference], seed: [1, 2]}", "{optim.weight_decay: {low: 0, high: 1.0}}")
+    )
+    for trials in (1, 2, 3):
+        words = [f"ablation={path}", f"out={tmp_path}/out", f"trials={trials}"]
+        assert main(["ablate", *words]) == 0
+    found = table(tmp_path / "out" / "training.csv")
+    assert [row["run"] for row in found] == ["trial-0", "trial-1", "trial-2"]
+    assert len({row["settings"] for row in found}) == 3
+
+
+def test_estimates_follow_the_work():
+    """Seconds for the small model on a CPU; a larger batch, more runs or a training step take longer."""
+    setting = {"model": "nat_digits", "precision": "fp32", "compile": 0, "batch": 4, "img_size": ""}
+
+    def estimate(runs=10, mode="inference", device="cpu", **changes) -> float:
+        return models._estimate_s({**setting, **changes}, {"cpu": [mode]}, runs, device)
+
+    assert 0.5 < estimate() < 2 and estimate(mode="training") > estimate()
+    assert estimate(batch=512) > 2 * estimate() and estimate(runs=200) > 1.1 * estimate()
+    assert 5 < estimate(model="nat_tiny", batch=128, device="cuda") < 60 < estimate(compile=1, device="cuda")
+
+
+def test_a_killed_trial_is_trained_again_where_it_was(tmp_path, trained, monkeypatch):
+    """Killed in the second of three trainings: the same settings in the same folder, and no trial is left running."""
+    optuna = pytest.importorskip("optuna")
+    path, works = tmp_path / "mine.yaml", jobs.run_job
+    path.write_text(SPACE)
+
+    def run_job(job):
+        if len(trained) == 1:
+            trained.append(job.command())
+            raise KeyboardInterrupt
+        return works(job)
+
+    monkeypatch.setattr(jobs, "run_job", run_job)
+    words = ["ablate", f"ablation={path}", f"out={tmp_path}/out", "trials=3"]
+    assert main(words) == 130
+    assert main(words) == 0
+    assert len(trained) == 4 and trained[1] == trained[2]
+    found = table(tmp_path / "out" / "training.csv")
+    assert [row["run"] for row in found] == ["trial-0", "trial-1", "trial-3"]
+    (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path}/out/optuna.db")
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/out/optuna.db")
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert main([*words[:-1], "trials=4"]) == 0 and len(trained) == 5
+    assert main([*words[:-1], "trials=4"]) == 0 and len(trained) == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["kernel=reference"], "kernel='reference' is not allowed.*kernels=reference"),
+        (["+seed=7"], "seed='7' is not allowed.*seeds=5"),
+        (["run_dir=/x"], "out=DIR"),
+        (["resume=none"], "out=DIR"),
         (["seeds=0"], "seeds=3"),
         (["kernels=niave"], "naive"),
         (["cluster=lsf"], "cluster=slurm"),

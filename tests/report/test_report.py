@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,12 +13,14 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from natrain.bench import models, rows, training
+from natrain.bench import environment, models, rows, training
 from natrain.bench.case import Case
 from natrain.cli import main
 from natrain.report import svg
+from natrain.report.blocks import Chart
 from natrain.report.build import build_page
 from natrain.report.html import html
 
@@ -47,6 +51,12 @@ def folder(tmp_path) -> Path:
                 rows.append(path, row)
     session = {
         "device": "a device",
+        "driver_version": "570.1",
+        "clocks.sm": "1980 MHz",
+        "clocks.max.sm": "1981 MHz",
+        "clocks.mem": "2619 MHz",
+        "power.limit": "700 W",
+        "commit": "abc",
         "plan": "mine",
         "baseline": "naive",
         "torch": "2.0",
@@ -55,6 +65,15 @@ def folder(tmp_path) -> Path:
     }
     (tmp_path / "environment.jsonl").write_text(json.dumps(session) + "\n")
     return tmp_path
+
+
+def chart(page, name: str) -> ElementTree.Element:
+    found = [block for section in page.sections for block in section.blocks if isinstance(block, Chart)]
+    return ElementTree.fromstring(next(block.svg for block in found if block.name == name))
+
+
+def named(picture: ElementTree.Element, tag: str) -> list[ElementTree.Element]:
+    return list(picture.iter(f"{{http://www.w3.org/2000/svg}}{tag}"))
 
 
 def table(page, name: str) -> list[dict]:
@@ -115,6 +134,77 @@ def test_the_roofline_and_memory(folder):
     )
 
 
+def test_every_heat_map_cell_says_its_number(folder):
+    """In the middle of its colour: blue cells are faster ones, orange slower."""
+    picture = chart(build_page([folder]), "heat-gemm-na2d-fp16-forward")
+    cells = named(picture, "rect")
+    assert len(cells) == 4
+    said = []
+    for cell in cells:
+        x, y, width, height = (float(cell.get(name)) for name in ("x", "y", "width", "height"))
+        (text,) = [
+            text.text
+            for text in named(picture, "text")
+            if x < float(text.get("x")) < x + width and y < float(text.get("y")) < y + height
+        ]
+        said.append(text)
+        red, blue = int(cell.get("fill")[1:3], 16), int(cell.get("fill")[5:], 16)
+        assert (blue > red) == (float(text.rstrip("x")) > 1)
+    assert sorted(said) == ["0.5x", "2x", "2x", "4x"]
+
+
+def test_rooflines_are_under_the_ceilings_of_their_session(folder):
+    """Copy 1 TB/s and product 100 TFLOP/s meet at 100 FLOPs a byte; all points lie below that, under the slope."""
+    page = build_page([folder])
+    found = table(page, "roofline-fp16-forward")
+    picture = chart(page, "roofline-fp16-forward")
+    assert "copy 1,000 GB/s, product 100 TFLOP/s" in [text.text for text in named(picture, "text")]
+    (ceiling,) = [path for path in named(picture, "path") if path.get("stroke-dasharray")]
+    (x1, y1), (x2, y2) = (map(float, corner.split()) for corner in ceiling.get("d")[1:].split("L"))
+    # naive's marks, in the order of its rows; axes are logarithmic.
+    marks = [(float(mark.get("cx")), float(mark.get("cy"))) for mark in named(picture, "circle") if ":" in mark[0].text]
+    own = [(row["FLOPs a byte"], row["TFLOP/s"]) for row in found if row["kernel"] == "naive"]
+    assert len(marks) == len(own) == 4 and max(intensity for intensity, _ in own) < 100
+    by_rate = sorted(zip(own, marks, strict=True), key=lambda pair: pair[0][1])
+    ((_, least), (_, low)), *_, ((_, most), (_, high)) = by_rate
+    pixels = (low - high) / math.log(most / least)
+    for (intensity, rate), (x, y) in by_rate:
+        above = y - (y1 + (x - x1) / (x2 - x1) * (y2 - y1))
+        assert above == pytest.approx(pixels * math.log(intensity * 1.0 / rate), abs=1)
+
+
+def test_the_environment_says_device_driver_and_clocks(folder):
+    found = {row["what"]: row["value"] for row in table(build_page([folder]), "environment")}
+    assert found == {
+        "device": "a device",
+        "driver_version": "570.1",
+        "clocks.sm": "1980 MHz",
+        "clocks.max.sm": "1981 MHz",
+        "clocks.mem": "2619 MHz",
+        "power.limit": "700 W",
+        "commit": "abc",
+        "torch": "2.0",
+    }
+
+
+def test_the_environment_asks_the_driver(monkeypatch):
+    """What nvidia-smi says, in its order."""
+    asked = []
+
+    def said(*command: str) -> str:
+        asked.append(command)
+        return "570.1, 1980 MHz, 1981 MHz, 2619 MHz, 700.00 W, 31" if command[0] == "nvidia-smi" else ""
+
+    monkeypatch.setattr(environment, "_said", said)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = environment.environment("cuda")
+    assert (found["driver_version"], found["clocks.sm"], found["clocks.mem"]) == ("570.1", "1980 MHz", "2619 MHz")
+    assert (found["clocks.max.sm"], found["power.limit"], found["temperature.gpu"]) == ("1981 MHz", "700.00 W", "31")
+    (query,) = [command[1] for command in asked if command[0] == "nvidia-smi"]
+    assert query == "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+
+
 def test_failures_and_errors_are_listed(folder):
     page = build_page([folder])
     assert table(page, "failures") == [
@@ -152,17 +242,111 @@ def test_the_page_is_one_file_without_a_network(folder):
     assert not re.search(r"@import|url\(|<script src|<link rel=.stylesheet", text)
 
 
-def test_colours_differ_in_lightness_where_they_mean_opposites():
-    """A reader without colour tells them by the number; with any colour vision blue and orange differ."""
-    fast, slow, even = (svg.diverging(ratio)[0] for ratio in (8.0, 1 / 8, 1.0))
-    assert even == "#FFFFFF" and int(fast[5:], 16) - int(fast[1:3], 16) > 100 > int(slow[5:], 16)
-    assert svg.diverging(100.0) == svg.diverging(8.0)
+# What a colour looks like to those who lack a kind of cone, from and to linear RGB: Machado, Oliveira and Fernandes
+# 2009, severity 1.
+SIGHT = {
+    "full": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998),
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881),
+    ),
+}  # fmt: skip
+TO_XYZ = ((0.4124564, 0.3575761, 0.1804375), (0.2126729, 0.7151522, 0.0721750), (0.0193339, 0.1191920, 0.9503041))
 
 
-def test_models_and_trainings_have_pages(tmp_path):
+def lab(colour: str, sight: str) -> torch.Tensor:
+    """CIELAB (D65) of a colour as it is seen."""
+    channels = torch.tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)], dtype=torch.float64)
+    linear = torch.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    seen = (torch.tensor(SIGHT[sight], dtype=torch.float64) @ linear).clamp(0, 1)
+    xyz = torch.tensor(TO_XYZ, dtype=torch.float64) @ seen / torch.tensor([0.95047, 1, 1.08883], dtype=torch.float64)
+    x, y, z = torch.where(xyz > 216 / 24389, xyz ** (1 / 3), (24389 / 27 * xyz + 16) / 116).tolist()
+    return torch.tensor([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def distance(one: str, other: str, sight: str) -> float:
+    return (lab(one, sight) - lab(other, sight)).norm().item()
+
+
+def test_distance_and_contrast_themselves():
+    """Lab of pure red is (53.2, 80.1, 67.2); red and olive of equal lightness look alike to who lacks green cones."""
+    assert lab("#FF0000", "full").tolist() == pytest.approx([53.24, 80.09, 67.20], abs=0.05)
+    assert distance("#FFFFFF", "#000000", "full") == pytest.approx(100, abs=0.1)
+    assert distance("#C4514B", "#7F7A16", "full") > 3 * distance("#C4514B", "#7F7A16", "deuteranopia")
+    assert svg.contrast("#FFFFFF", "#000000") == pytest.approx(21) and svg.contrast("#777777", "#FFFFFF") > 4.4
+    assert svg.contrast("#767676", "#FFFFFF") == pytest.approx(4.54, abs=0.01)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_every_reader_tells_the_colours_apart(sight):
+    """A distance of 2.3 is just noticed side by side; the first three, natrain's kernels, are far apart."""
+    pairs = list(itertools.combinations(svg.COLOURS, 2))
+    assert min(distance(*pair, sight) for pair in pairs) > 15
+    assert min(distance(*pair, sight) for pair in itertools.combinations(svg.COLOURS[:3], 2)) > 35
+    fast, slow = svg.diverging(2.0)[0], svg.diverging(0.5)[0]
+    assert distance(fast, slow, sight) > 25
+
+
+def test_colours_and_numbers_stand_out():
+    """WCAG: 3 for graphics, 4.5 for text, of any speed-up's cell."""
+    assert min(svg.contrast(colour, "#FFFFFF") for colour in svg.COLOURS) > 3
+    assert min(svg.contrast(*svg.diverging(2 ** (step / 20))) for step in range(-80, 81)) > 4.5
+    assert svg.diverging(1.0)[0] == "#FFFFFF" and svg.diverging(100.0) == svg.diverging(8.0)
+
+
+def shape(text: str) -> str:
+    """A mark without its place and colour."""
+    mark = ElementTree.fromstring(text)
+    path = re.sub(r"M[\d.-]+ [\d.-]+", "M", mark.get("d", ""))
+    return f"{mark.tag} {path} {mark.get('width', '')}"
+
+
+def test_contenders_differ_in_their_marks():
+    marks = [svg.mark(index, 10.0, 20.0, "a") for index in range(35)]
+    assert len({shape(mark) for mark in marks[:5]}) == 5
+    assert len({(shape(mark), ElementTree.fromstring(mark).get("fill")) for mark in marks}) == 35
+
+
+def test_charts_use_the_marks_of_their_contenders(folder):
+    """naive, gemm and fused: circles, squares, triangles, as many as they have problems; as the legend says."""
+    picture = chart(build_page([folder]), "roofline-fp16-backward")
+    found = {}
+    for tag in ("circle", "rect", "path"):
+        for mark in named(picture, tag):
+            if len(mark):
+                found.setdefault(mark[0].text.partition(":")[0], set()).add((tag, mark.get("fill")))
+    tags = ("circle", "rect", "path")
+    assert found == {
+        name: {(tag, colour)} for name, tag, colour in zip(("naive", "gemm", "fused"), tags, svg.COLOURS, strict=False)
+    }
+
+
+def test_print_shows_everything_in_its_colours(folder):
+    """Tables whole, no buttons for a screen, no chart over two pages."""
+    style = re.search(r"<style>(.*?)</style>", html(build_page([folder])), re.S)[1]
+    printed = style[style.index("@media print {") :].partition("{")[2]
+    rules = {
+        name.strip(): dict(map(str.strip, line.split(":", 1)) for line in body.split(";") if ":" in line)
+        for names, body in re.findall(r"([^{}]+)\{([^{}]*)\}", printed)
+        for name in names.split(",")
+    }
+    assert rules[".scroll"] == {"max-height": "none", "overflow": "visible"}
+    assert rules["nav"] == rules[".data"] == {"display": "none"}
+    assert rules["th"]["position"] == "static"
+    assert rules["*"]["print-color-adjust"] == rules["*"]["-webkit-print-color-adjust"] == "exact"
+    assert re.search(r"figure \{[^}]*break-inside: avoid", style)
+
+
+def models_and_trainings(tmp_path: Path) -> None:
+    """Rows of two kernels; fused failed before it was timed."""
     rows.start(tmp_path / "models.csv", models.COLUMNS)
+    setting = {"plan": "p", "model": "nat_tiny", "precision": "bf16", "compile": 1, "batch": 8, "img_size": ""}
+    failed = {**setting, "kernel": "fused", "mode": "training", "status": "failed", "reason": "no", "utc": "now"}
+    rows.append(tmp_path / "models.csv", failed, models.COLUMNS)
     for kernel, speed in (("naive", 100.0), ("fused", 250.0)):
-        row = {"plan": "p", "model": "nat_tiny", "precision": "bf16", "compile": 1, "batch": 8, "img_size": ""}
+        row = dict(setting)
         row |= {
             "kernel": kernel,
             "mode": "training",
@@ -190,13 +374,42 @@ def test_models_and_trainings_have_pages(tmp_path):
         }
         rows.append(tmp_path / "training.csv", {**row, "settings": "", "utc": "now"}, training.COLUMNS)
     (tmp_path / "environment.jsonl").write_text('{"device": "a device", "plan": "mine", "baseline": "naive"}\n')
+
+
+def test_models_and_trainings_have_pages(tmp_path):
+    models_and_trainings(tmp_path)
     page = build_page([tmp_path])
+    assert "models-training-failures" not in {table.name for table in page.tables}
     found = {row["kernel"]: row for row in table(page, "models-training")}
     assert found["fused"]["x naive"] == 2.5 and found["fused"]["attention %"] == 25.0
     assert found["fused"]["model"] == "nat_tiny bf16 compiled b8"
     assert len(table(page, "losses")) == 4 and [row["top-1 %"] for row in table(page, "trainings")] == [50.0, 51.0]
     assert page.summary[0].startswith("fused against naive, 1 seeds: top-1 +1.00 points")
     assert html(page).count("<figure>") == 2
+
+
+def test_a_baseline_without_a_time_is_refused_for_models_and_trainings(tmp_path, capsys):
+    models_and_trainings(tmp_path)
+    assert main(["report", str(tmp_path), "--baseline", "fusd"]) == 2
+    assert "--baseline='fusd' is not allowed: expected one of naive, fused. Try: --baseline fused" in (
+        capsys.readouterr().err
+    )
+    page = build_page([tmp_path], baseline="fused")
+    assert {row["kernel"]: row["x fused"] for row in table(page, "models-training")} == {"naive": 0.4, "fused": 1.0}
+
+
+def test_the_picture_of_the_readme_is_that_of_the_committed_rows(repository):
+    """Every number in it, so that neither rows nor charts change without it."""
+    folder = repository / "docs" / "h100"
+    page = build_page([folder / f"paper_{rank}d" for rank in (1, 2, 3)])
+    made = next(
+        block.svg
+        for section in page.sections
+        for block in section.blocks
+        if isinstance(block, Chart) and block.name == "distribution-forward"
+    )
+    assert (folder / "paper.svg").read_text() == made
+    assert 'src="docs/h100/paper.svg"' in (repository / "README.md").read_text()
 
 
 PROBE = """
@@ -273,3 +486,37 @@ def test_tables_go_to_wandb(folder, monkeypatch):
     (run,) = (folder / "wandb").glob("offline-run-*")
     logged = {path.name.split("_")[0] for path in (run / "files" / "media" / "table").glob("*.json")}
     assert {"gains", "errors", "environment"} <= logged
+
+
+MINE = """\
+kernels: [cpu]
+runs: 3
+problems: [{shape: 4x4, heads: 1, head_dim: 8, kernel_size: 3}]
+"""
+
+
+@pytest.mark.slow
+def test_an_ablation_logs_its_tables_when_a_project_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "mine.yaml").write_text(MINE)
+    words = ["ablate", f"ablation={tmp_path}/mine.yaml", "device=cpu"]
+    assert main([*words, f"out={tmp_path}/without"]) == 0 and not (tmp_path / "without" / "wandb").exists()
+    assert main([*words, f"out={tmp_path}/out", "wandb=natrain"]) == 0
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*")
+    assert {"errors", "environment", "runs"} <= {
+        path.name.split("_")[0] for path in (run / "files" / "media" / "table").glob("*.json")
+    }
+
+
+@pytest.mark.parametrize(
+    "words", [["ablate", "ablation=dtypes", "wandb=mine"], ["report", "FOLDER", "--wandb", "mine"]]
+)
+def test_a_missing_key_of_wandb_is_said_before_anything_is_measured(words, folder, monkeypatch, capsys):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(folder / "none"))
+    monkeypatch.setenv("HOME", str(folder))
+    assert main([str(folder) if word == "FOLDER" else word for word in words]) == 2
+    said = capsys.readouterr()
+    assert "wandb='mine' is not allowed" in said.err and "WANDB_MODE=offline" in said.err and not said.out
