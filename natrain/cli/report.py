@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from natrain.errors import invalid
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of `natrain ablate`")
@@ -37,9 +39,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _log(page, project: str, folder: Path) -> None:
     """The tables of the page as wandb's; WANDB_MODE=offline keeps them in the folder."""
-    import wandb
-
-    with wandb.init(project=project, name=page.title, dir=str(folder), job_type="report") as run:
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise invalid("--wandb", project, "what an installed wandb can log", "pip install wandb") from None
+    try:
+        started = wandb.init(project=project, name=page.title, dir=str(folder), job_type="report")
+    except wandb.Error as error:
+        fix = "wandb login, or WANDB_MODE=offline before the command"
+        raise invalid(
+            "--wandb", project, f"a project of who is logged in ({' '.join(str(error).split())})", fix
+        ) from None
+    with started as run:
         for table in page.tables:
             cells = [[None if cell is None else cell for cell in row] for row in table.rows]
             run.log({table.name: wandb.Table(columns=list(table.columns), data=cells, allow_mixed_types=True)})

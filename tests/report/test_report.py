@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import wandb
 from PIL import Image
 
 from natrain.bench import models, rows, training
@@ -273,3 +274,14 @@ def test_tables_go_to_wandb(folder, monkeypatch):
     (run,) = (folder / "wandb").glob("offline-run-*")
     logged = {path.name.split("_")[0] for path in (run / "files" / "media" / "table").glob("*.json")}
     assert {"gains", "errors", "environment"} <= logged
+
+
+def test_wandb_without_a_key_is_one_error(folder, monkeypatch, capsys):
+    def init(**_):
+        raise wandb.errors.UsageError("api_key not configured (no-tty).\ncall wandb.login")
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert main(["report", str(folder), "--wandb", "mine"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("natrain: error: --wandb='mine' is not allowed") and "wandb login, or" in said
+    assert said.count("\n") == 1
