@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 import natrain
+from natrain.bench.threads import cores
 
-_NVIDIA_SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+# Not clocks.sm: asked now it is an idle device's; rows carry the clock after their calls.
+_NVIDIA_SMI = ("driver_version", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
 @lru_cache
@@ -36,6 +38,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "count": torch.cuda.device_count() if device == "cuda" else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cores": ",".join(map(str, cores())),
         "natrain": natrain.__version__,
         "commit": commit_of_code(),
         "torch": torch.__version__,
