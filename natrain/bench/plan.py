@@ -117,15 +117,13 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mapping[str, Any]) -> Plan:
     """See ``read_plan``; ``text`` is the yaml's."""
-    known = {**_DEFAULTS, **settings}
+    known = {**_DEFAULTS, **settings, **{key: value for key, value in changes.items() if key not in WORDS}}
     if not isinstance(known["axes"] or {}, dict):
         raise invalid("axes", known["axes"], "words of a problem with their values", "axes: {kernel_size: [3, 7]}")
     axes = dict(known["axes"] or {})
     for key, value in changes.items():
         if key in WORDS:
             axes[key] = value if isinstance(value, list) else [value]
-        else:
-            known[key] = value
     for key in known:
         if key not in _DEFAULTS:
             names = [*_DEFAULTS, *WORDS]
