@@ -60,8 +60,10 @@ def run_everywhere(
     }
     _announce(plan, missing, options, len(devices))
     fixed = [*changes, f"kernels={json.dumps([asdict(arm) for arm in plan.arms])}", f"baseline={plan.baseline}"]
-    sweep = _Sweep(plan, plan_file, fixed, environments, [commit for commit, runs in missing.items() if runs])
-    if sweep.commits:
+    commits = [commit for commit, runs in missing.items() if runs]
+    deadline = None if options.time_limit_s is None else time.monotonic() + options.time_limit_s
+    if commits:
+        sweep = _Sweep(plan, plan_file, fixed, environments, commits, deadline)
         with locked(options.out) as lock:
             (options.out / "plan.yaml").write_text(plan.text, encoding="utf-8")
             if code := sweep.run(options, lock):
@@ -109,22 +111,21 @@ def _num_turns(plan: Plan) -> int:
 
 @dataclass
 class _Sweep:
-    """``commits`` whose code cannot run are taken out as that is found."""
+    """``commits`` whose code cannot run are taken out as that is found; ``deadline``: of ``time.monotonic``."""
 
     plan: Plan
     plan_file: Path
     changes: list[str]
     environments: list[dict[str, str]]
     commits: list[str | None]
+    deadline: float | None
 
     def run(self, options: Options, lock: int) -> int:
-        started = time.monotonic()
         turns = _num_turns(self.plan) if len(self.commits) > 1 else 1
         count = len(self.environments)
         for turn in range(turns):
             for commit in list(self.commits):
-                left = options.time_limit_s and max(0.0, options.time_limit_s - (time.monotonic() - started))
-                share = replace(options, commit=commit, time_limit_s=left)
+                share = replace(options, commit=commit)
                 shares = [replace(share, slot=i, shard=(turn * count + i, turns * count)) for i in range(count)]
                 code = self._measure([share for share in shares if missing_runs(self.plan, share)], lock)
                 if code == 1 and commit is not None:
@@ -170,6 +171,8 @@ class _Sweep:
         return max(codes)
 
     def _start(self, options: Options, lock: int, death: str | None) -> subprocess.Popen:
+        if self.deadline is not None:
+            options = replace(options, time_limit_s=max(0.0, self.deadline - time.monotonic()))
         job = worker.as_json(self.plan_file, self.changes, options, os.getpid(), death)
         if options.commit is None or options.broken:
             code = [sys.executable, "-m", "natrain.bench.worker"]

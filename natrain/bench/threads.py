@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -54,6 +54,15 @@ def pinned(threads: int, slot: int = 0) -> Iterator[None]:
     finally:
         _pin(before)
         torch.set_num_threads(threads_before)
+
+
+def computing_on(device: str, asked: int | None, word: str) -> AbstractContextManager[None]:
+    """``pinned`` on a CPU, see ``threads_each``; a GPU's times do not depend on it.
+
+    Raises:
+        ValueError: there are fewer cores.
+    """
+    return pinned(threads_each(asked, word)) if device == "cpu" else nullcontext()
 
 
 def _pin(to: list[int]) -> None:

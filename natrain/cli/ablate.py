@@ -106,10 +106,11 @@ def _models(
     from natrain.bench.models import read_model_plan, run_models
     from natrain.bench.plan import parse_changes
     from natrain.bench.supervise import locked
+    from natrain.bench.threads import computing_on
 
     plan = read_model_plan(path, parse_changes(changes))
     out = _out(words, path.stem, plan.digest)
-    with locked(out):
+    with locked(out), computing_on(device, arguments.threads, "--threads "):
         return out, run_models(plan, out, device) or _any_failed(out / "models.csv")
 
 

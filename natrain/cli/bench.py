@@ -11,7 +11,6 @@ natten-BACKEND where NATTEN is installed. One that cannot do it is listed with t
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 
 from natrain.errors import invalid
 
@@ -31,6 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
     from natrain.bench.one import heading, refusals, table, text_of
     from natrain.bench.run_case import Setup, close_calls, run_case
     from natrain.bench.sweep import checked_device
+    from natrain.bench.threads import computing_on
 
     words = {}
     for word in arguments.words:
@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     setup = Setup(device, int(settings["runs"]), settings["timer"], settings["cache"])
     if device == "cuda":
         Ahead().compile([(case, names)])
-    with _pinned(settings["threads"], device):
+    threads = settings["threads"] and int(settings["threads"])
+    with computing_on(device, threads, "threads="):
         bytes_per_s = copy_bytes_per_s(device)
         outcomes = list(run_case(case, {arm: ("forward", "backward") for arm in arms}, setup))
         print(heading(case, setup, bytes_per_s, environment(device)["device"]))
@@ -58,13 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
     for line in close_calls(outcomes, names[0]):
         print(f"warning: {line}")
     return 1 if any(outcome.status == "failed" for outcome in outcomes) else 0
-
-
-def _pinned(threads: str | None, device: str):
-    """Of a CPU the threads and cores; a GPU's times do not depend on them."""
-    from natrain.bench.threads import pinned, threads_each
-
-    return pinned(threads_each(threads and int(threads), "threads=")) if device == "cpu" else nullcontext()
 
 
 def _check(settings: dict) -> None:

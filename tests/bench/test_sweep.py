@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from natrain.bench import plan as plan_module
-from natrain.bench import rows, sweep, threads
+from natrain.bench import rows, sweep, threads, worker
 from natrain.bench.case import Case
 from natrain.bench.environment import commit_of_code
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import make_plan, read_plan
+from natrain.bench.run_case import DeviceLost, Outcome
 from natrain.bench.sweep import Options, count_runs, estimated_s, main, missing_runs, run_sweep
 from natrain.ops import registry
 from natrain.ops.cpu import CpuKernel
@@ -127,6 +128,30 @@ def test_failures_are_rows_with_their_reason(foreign_kernels, tmp_path):
     assert found["raising", "forward"]["reason"] == "RuntimeError: no way"
     assert not missing_runs(plan, options)
     assert count_runs(missing_runs(plan, Options(tmp_path, "cpu", {}, retry_failed=True))) == 3
+
+
+def test_a_lost_device_is_blamed_on_who_ran_alone(plan_file, tmp_path, monkeypatch):
+    """Side by side nobody fails; the next process runs each alone, and whom the device is lost with has the row."""
+    options = Options(tmp_path, "cpu", ONE, arms=["cpu", "reference"], threads=1)
+
+    def run_case(case, wanted, setup, note):
+        note([arm.name for arm in wanted], ["forward", "backward"])
+        if "reference" in [arm.name for arm in wanted]:
+            raise DeviceLost("gone")
+        return (Outcome(arm.name, which, "unsupported") for arm, own in wanted.items() for which in own)
+
+    monkeypatch.setattr(sweep, "run_case", run_case)
+    monkeypatch.setattr(worker, "die_with", lambda parent: None)
+    codes, deaths = [], (None, "device lost", "device lost")
+    for death in deaths:
+        codes.append(worker.main(worker.as_json(plan_file, [], options, 0, death)))
+    assert codes == [worker.DEVICE_LOST, worker.DEVICE_LOST, 0]
+    reason = "the process died (device lost: gone) while at this"
+    assert {(row["arm"], row["status"], row["reason"]) for row in results(tmp_path)} == {
+        ("cpu", "unsupported", ""),
+        ("reference", "failed", reason),
+    }
+    assert len(results(tmp_path)) == 4 and not options.running.exists()
 
 
 def test_the_time_limit_stops_before_it_is_passed(plan_file, tmp_path, capsys):
