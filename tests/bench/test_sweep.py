@@ -15,11 +15,12 @@ import torch
 
 from natrain.bench import plan as plan_module
 from natrain.bench import rows, sweep, threads, worker
+from natrain.bench.arms import find_arm
 from natrain.bench.case import Case
 from natrain.bench.environment import commit_of_code
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import make_plan, read_plan
-from natrain.bench.run_case import DeviceLost, Outcome
+from natrain.bench.run_case import DeviceLost, Outcome, Setup, run_case
 from natrain.bench.sweep import Options, count_runs, estimated_s, main, missing_runs, run_sweep
 from natrain.ops import registry
 from natrain.ops.cpu import CpuKernel
@@ -128,6 +129,17 @@ def test_failures_are_rows_with_their_reason(foreign_kernels, tmp_path):
     assert found["raising", "forward"]["reason"] == "RuntimeError: no way"
     assert not missing_runs(plan, options)
     assert count_runs(missing_runs(plan, Options(tmp_path, "cpu", {}, retry_failed=True))) == 3
+
+
+def test_what_runs_next_is_told_before_it_can_crash():
+    """All at their inputs, each at its first call, all again where they take turns; directions in order."""
+    case, told = Case.of({"shape": "6x6", "heads": 1, "head_dim": 8, "kernel_size": 3}), []
+    arms = {find_arm(name): ("forward", "backward") for name in ("cpu", "reference")}
+    list(run_case(case, arms, Setup("cpu", 3, cache="warm"), lambda *now: told.append(tuple(map(list, now)))))
+    both = ["cpu", "reference"]
+    assert told == [(both, ["forward", "backward"])] + [
+        (names, [which]) for which in ("forward", "backward") for names in (["cpu"], ["reference"], both)
+    ]
 
 
 def test_a_lost_device_is_blamed_on_who_ran_alone(plan_file, tmp_path, monkeypatch):
