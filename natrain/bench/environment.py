@@ -47,12 +47,19 @@ def environment(device: str) -> dict[str, Any]:
         "natten": _version("natten"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": typed(),
     }
     if device == "cuda":
         fields = _said("nvidia-smi", f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader", "-i", "0")
         found |= dict(zip(_NVIDIA_SMI, (field.strip() for field in fields.split(",")), strict=False))
     return found
+
+
+def typed() -> str:
+    """This process's command as one types it: a module by its name, a script without its folder."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 @lru_cache

@@ -14,7 +14,6 @@ import gc
 import json
 import random
 import secrets
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from natrain.bench.ahead import Ahead
 from natrain.bench.arms import Arm, find_arm
 from natrain.bench.case import WORDS, Case
 from natrain.bench.ceilings import copy_bytes_per_s, product_flops_per_s
-from natrain.bench.environment import commit_of_code, environment
+from natrain.bench.environment import commit_of_code, environment, typed
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import ArmSpec, Plan, parse_changes, read_plan
 from natrain.bench.run_case import MIN_RUNS, Outcome, Setup, close_calls, run_case
@@ -316,7 +315,7 @@ def _keep_environment(plan: Plan, options: Options) -> None:
     note = {
         **environment(options.device),
         "commit": options.commit or commit_of_code(),
-        "command": options.command or shlex.join(sys.argv),
+        "command": options.command or typed(),
         "plan": plan.name,
         "measuring": plan.measuring,
         "commits": {arm.name: options.commit or commit_of_code() for arm in plan.arms if arm.commit == options.commit},
@@ -474,7 +473,7 @@ def options_of(arguments: argparse.Namespace, out: Path, device: str) -> Options
         chunk=arguments.chunk,
         retry_failed=arguments.retry_failed,
         threads=arguments.threads,
-        command=shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=typed(),
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from natrain.bench import plan as plan_module
 from natrain.bench import rows, sweep, threads, worker
 from natrain.bench.arms import find_arm
 from natrain.bench.case import Case
-from natrain.bench.environment import commit_of_code
+from natrain.bench.environment import commit_of_code, typed
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import make_plan, read_plan
 from natrain.bench.run_case import DeviceLost, Outcome, Setup, run_case
@@ -66,7 +64,7 @@ def test_every_run_has_one_row_and_a_second_time_measures_nothing(plan_file, tmp
     assert {row["plan"] for row in found} == {read_plan(plan_file).digest}
     environment = json.loads((out / "environment.jsonl").read_text().splitlines()[0])
     assert environment["torch"] == torch.__version__ and environment["threads"] == 1
-    assert environment["command"] == shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    assert environment["command"] == typed() and "worker" not in typed()
     assert environment["commits"] == dict.fromkeys(("cpu", "reference", "naive"), commit_of_code())
     before = (out / "results.csv").read_bytes()
     assert main(command) == 0
