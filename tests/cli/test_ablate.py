@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from natrain.bench import models, rows, spread, supervise
+from natrain.bench import models, rows, spread, supervise, threads
 from natrain.bench.arms import find_arm
 from natrain.bench.plan import read_plan
 from natrain.bench.run_case import Setup, run_case
@@ -68,6 +68,7 @@ def test_the_problems_of_every_shipped_yaml_run(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(len(threads.cores()) < 2, reason="needs two cores")
 def test_two_processes_share_a_sweep(tmp_path, capfd):
     (tmp_path / "mine.yaml").write_text(TINY)
     command = ["ablate", f"ablation={tmp_path}/mine.yaml", "device=cpu", "devices=2", f"out={tmp_path}/out"]
