@@ -7,7 +7,7 @@ joined by ``x`` (``kernel_size=3x7x7``).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,21 @@ WORDS = (
     "op", "shape", "batch", "heads", "head_dim", "kernel_size", "dilation", "stride", "is_causal", "dtype", "rpb",
 )  # fmt: skip
 DEFAULTS = {"batch": 1, "dilation": 1, "stride": 1, "is_causal": False, "dtype": "fp32", "rpb": False}
+
+
+# Words of other projects, which no spelling leads to ours.
+_OTHERS = {
+    "window": "kernel_size",
+    "window_size": "kernel_size",
+    "size": "shape",
+    "dim": "head_dim",
+    "causal": "is_causal",
+}
+
+
+def meant(word: str, names: Sequence[str]) -> str:
+    """The one of ``names`` that who typed ``word`` most likely meant; the size of the window where nothing is near."""
+    return _OTHERS.get(word) or nearest(word, names) or "kernel_size"
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,7 @@ class Case:
         """
         for word in words:
             if word not in WORDS:
-                best = nearest(word, WORDS) or "kernel_size"
-                raise invalid("setting", word, f"one of {', '.join(WORDS)}", f"{best}=...")
+                raise invalid("setting", word, f"one of {', '.join(WORDS)}", f"{meant(word, WORDS)}=...")
         given = {**DEFAULTS, **words}
         for word in ("shape", "heads", "head_dim", "kernel_size"):
             if given.get(word) is None:
@@ -58,7 +72,7 @@ class Case:
             raise invalid("op", op, f"na{len(spatial)}d for shape={given['shape']}", f"op=na{len(spatial)}d")
         if given["dtype"] not in DTYPES:
             raise invalid("dtype", given["dtype"], f"one of {', '.join(DTYPES)}", "dtype=bf16")
-        whole = {word: _numbers(word, given[word])[0] for word in ("batch", "heads", "head_dim")}
+        whole = {word: _number(word, given[word]) for word in ("batch", "heads", "head_dim")}
         window = check_window(
             spatial,
             *(_per_axis(_numbers(word, given[word])) for word in ("kernel_size", "dilation", "stride")),
@@ -148,6 +162,16 @@ def _numbers(word: str, value: Any) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise invalid(word, value, "whole numbers >= 1 joined by x", f"{word}=7 or {word}=7x7")
     return numbers
+
+
+def _number(word: str, value: Any) -> int:
+    try:
+        numbers = _numbers(word, value)
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 1:
+        raise invalid(word, value, "one whole number >= 1", f"{word}=2")
+    return numbers[0]
 
 
 def _per_axis(entries: tuple) -> Any:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 import natrain
+from natrain.bench.threads import cores
 
-_NVIDIA_SMI = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+# Not clocks.sm: asked now it is an idle device's; rows carry the clock after their calls.
+_NVIDIA_SMI = ("driver_version", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
 
 
 @lru_cache
@@ -36,6 +38,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "count": torch.cuda.device_count() if device == "cuda" else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cores": ",".join(map(str, cores())),
         "natrain": natrain.__version__,
         "commit": commit_of_code(),
         "torch": torch.__version__,
@@ -44,12 +47,19 @@ def environment(device: str) -> dict[str, Any]:
         "natten": _version("natten"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": typed(),
     }
     if device == "cuda":
         fields = _said("nvidia-smi", f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader", "-i", "0")
         found |= dict(zip(_NVIDIA_SMI, (field.strip() for field in fields.split(",")), strict=False))
     return found
+
+
+def typed() -> str:
+    """This process's command as one types it: a module by its name, a script without its folder."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    start = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 @lru_cache

@@ -67,8 +67,14 @@ RATES = {
     "fused": Rates(120e12, 50e12, 0.5, 6e-6, False),
 }
 FASTEST = Rates(250e12, 120e12, 1.0, 2e-6, False)
-# Anything else (a peer, somebody's kernel, the reference): taken to be as slow as the slowest of ours.
-CPU = Rates(2e10, 2e10, 0.01, 1e-4, True)
+# Anything else (a peer, somebody's kernel, the reference) is taken to be as slow as the slowest of ours.
+
+# Multiply-adds a second of one core of a server's processor, forward and backward: small layers of float32 and bfloat16
+# took 0.3 to 3 times that long. Somebody's kernel is taken to be as fast as ours.
+_CPU_MACS_PER_S = {"cpu": (12e9, 15e9), "reference": (0.17e9, 0.3e9)}
+_CPU_DENSE_MACS_PER_S = (6e9, 15e9)  # of all pairs of tokens, which these compute:
+_DENSE = ("sdpa", "dense")
+_CPU_FIXED_S = 3e-4
 
 
 def seconds(case: Case, rates: Rates, direction: str) -> float:
@@ -79,6 +85,13 @@ def seconds(case: Case, rates: Rates, direction: str) -> float:
     return rates.fixed_s + macs / rate + bytes_ / (rates.bandwidth_share * COPY_BYTES_PER_S)
 
 
-def kernel_seconds(case: Case, kernel: str, direction: str, device: str) -> float:
-    """A guess for one call of ``kernel``."""
-    return seconds(case, CPU if device == "cpu" else RATES.get(kernel, RATES["naive"]), direction)
+def kernel_seconds(case: Case, kernel: str, direction: str, device: str, threads: int = 1) -> float:
+    """A guess for one call of ``kernel``, on a CPU with so many threads."""
+    if device == "cuda":
+        return seconds(case, RATES.get(kernel, RATES["naive"]), direction)
+    macs = flops(case, direction) / 2
+    rates = _CPU_MACS_PER_S.get(kernel, _CPU_MACS_PER_S["cpu"])
+    if kernel in _DENSE:
+        macs *= case.tokens / case.window.num_neighbors
+        rates = _CPU_DENSE_MACS_PER_S
+    return _CPU_FIXED_S + macs / (threads * rates[DIRECTIONS.index(direction)])

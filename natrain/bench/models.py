@@ -45,7 +45,6 @@ from natrain.bench.measure import Timing, measure
 from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
 from natrain.bench.run_case import Setup, run_case
-from natrain.bench.sweep import pin_threads
 from natrain.errors import invalid
 from natrain.models import list_models
 from natrain.models.problems import attention_problems
@@ -158,10 +157,6 @@ def run_models(plan: ModelPlan, out: Path, device: str, options: Options | None 
         ValueError: the folder belongs to another plan, an option that this device does not have.
     """
     options, path = options or Options(), out / "models.csv"
-    if options.threads is not None:
-        if device != "cpu":
-            raise invalid("--threads", options.threads, "no threads on a GPU", "device=cpu --threads 2")
-        pin_threads(options.threads, 0)
     latest = {}
     for row in rows.read(path, COLUMNS) if path.exists() else ():
         if row["plan"] != plan.digest:

@@ -19,19 +19,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from natrain.bench.case import WORDS, Case
+from natrain.bench.arms import find_arm
+from natrain.bench.case import WORDS, Case, meant
 from natrain.bench.estimate import DIRECTIONS, RATES, seconds
 from natrain.bench.measure import METHOD, TIMERS
-from natrain.errors import invalid, nearest
+from natrain.errors import invalid
 
 _AUTO_S = 3e-3  # of one call, where the batch is chosen
 _MOST_IMAGES = 1024
 _CHOICES = {"timer": TIMERS, "cache": ("cold", "warm")}
+_MEASURING = ("runs", "timer", "cache", "tf32", "seconds")
 _DEFAULTS = {
     "kernels": None,
     "baseline": None,
@@ -57,11 +60,10 @@ class ArmSpec:
 
 @dataclass(frozen=True)
 class Plan:
-    """``digest`` is the hash of the yaml, of what was typed on top of it and of how times are taken; rows carry it."""
+    """``digest`` is the hash of how times are taken; rows carry it, and rows of one folder share it."""
 
     name: str
     text: str
-    digest: str
     arms: tuple[ArmSpec, ...]
     baseline: str
     cases: tuple[Case, ...]
@@ -73,6 +75,15 @@ class Plan:
     tf32: bool
     seconds: float
 
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.measuring).encode()).hexdigest()[:12]
+
+    @property
+    def measuring(self) -> dict[str, Any]:
+        """How times are taken: what a time depends on besides its problem, contender and direction."""
+        return {name: getattr(self, name) for name in _MEASURING} | {"method": METHOD}
+
 
 def read_plan(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     """The plan of a yaml file; ``changes`` replace its settings, or add axes where they are words of a problem.
@@ -80,65 +91,117 @@ def read_plan(path: Path, changes: Mapping[str, Any] | None = None) -> Plan:
     Raises:
         ValueError: no such file, an unknown or missing setting, a value out of range.
     """
+    settings = read_settings(path)
+    return make_plan(path.stem, settings, path.read_text(encoding="utf-8"), changes or {})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a yaml of any kind of ablation holds.
+
+    Raises:
+        ValueError: no such file, no yaml, no settings.
+    """
     import yaml
 
     if not path.is_file():
         raise invalid("ablation", str(path), "a yaml file that exists", "ablation=paper_2d")
-    text = path.read_text(encoding="utf-8")
     try:
-        settings = yaml.safe_load(text)
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise invalid("ablation", str(path), f"yaml ({error})", "a look at its lines") from None
+        where = " ".join(str(error).split())
+        raise invalid("ablation", str(path), f"a yaml file ({where})", "correct that line") from None
     if not isinstance(settings, dict):
-        raise invalid("ablation", str(path), "settings with values", "kernels: [naive, cpu]")
-    return make_plan(path.stem, settings, text, changes or {})
+        raise invalid("ablation", str(path), "a yaml file of settings with values", "kernels: [naive, cpu]")
+    return settings
 
 
 def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mapping[str, Any]) -> Plan:
-    """See ``read_plan``; ``text`` is what the digest covers."""
-    known = {**_DEFAULTS, **settings}
+    """See ``read_plan``; ``text`` is the yaml's."""
+    known = {**_DEFAULTS, **settings, **{key: value for key, value in changes.items() if key not in WORDS}}
+    if not isinstance(known["axes"] or {}, dict):
+        raise invalid("axes", known["axes"], "words of a problem with their values", "axes: {kernel_size: [3, 7]}")
     axes = dict(known["axes"] or {})
     for key, value in changes.items():
         if key in WORDS:
             axes[key] = value if isinstance(value, list) else [value]
-        else:
-            known[key] = value
     for key in known:
         if key not in _DEFAULTS:
             names = [*_DEFAULTS, *WORDS]
-            raise invalid("setting", key, f"one of {', '.join(names)}", f"{nearest(key, names) or 'runs'}=...")
-    for key, choices in _CHOICES.items():
-        if known[key] not in choices:
-            raise invalid(key, known[key], f"one of {', '.join(choices)}", f"{key}={choices[0]}")
-    for direction in known["directions"]:
-        if direction not in DIRECTIONS:
-            raise invalid("directions", direction, f"some of {', '.join(DIRECTIONS)}", "directions=[forward]")
-    runs = known["runs"]
-    if not isinstance(runs, int) or runs < 3:
-        raise invalid("runs", runs, "at least 3, for an interval", "runs=15")
-    arms = tuple(_arm(entry) for entry in known["kernels"] or [])
+            raise invalid("setting", key, f"one of {', '.join(names)}", f"{meant(key, names)}=...")
+    directions = _list(known["directions"])
+    _check_measuring(known)
+    if not directions or not set(map(str, directions)) <= set(DIRECTIONS):
+        raise invalid("directions", known["directions"], f"some of {', '.join(DIRECTIONS)}", "directions=[forward]")
+    arms = tuple(_arm(entry) for entry in _list(known["kernels"]))
     if not arms:
         raise invalid("kernels", known["kernels"], "names of contenders", "kernels=[naive,fused]")
     names = [arm.name for arm in arms]
     baseline = known["baseline"] if known["baseline"] in names or not changes.get("kernels") else names[0]
     if (baseline or names[0]) not in names:
         raise invalid("baseline", baseline, f"one of {', '.join(names)}", f"baseline={names[0]}")
-    cases, num_left_out = _cases(known["problems"] or [{}], axes)
-    return Plan(
+    problems = known["problems"] or [{}]
+    if not isinstance(problems, list) or not all(isinstance(problem, dict) for problem in problems):
+        fix = "problems: [{shape: 56x56, heads: 2, head_dim: 32}]"
+        raise invalid("problems", known["problems"], "a list of problems, each with its words", fix)
+    cases, num_left_out = _cases(problems, axes)
+    plan = Plan(
         name=name,
         text=text,
-        digest=hashlib.sha256(f"{text}\0{sorted(changes.items())!r}\0{METHOD}".encode()).hexdigest()[:12],
         arms=arms,
         baseline=baseline or names[0],
         cases=tuple(cases),
         num_left_out=num_left_out,
-        directions=tuple(known["directions"]),
-        runs=runs,
+        directions=tuple(directions),
+        runs=known["runs"],
         timer=known["timer"],
         cache=known["cache"],
-        tf32=bool(known["tf32"]),
+        tf32=known["tf32"],
         seconds=float(known["seconds"]),
     )
+    check_names(plan)
+    return plan
+
+
+def _check_measuring(known: Mapping[str, Any]) -> None:
+    for key, choices in _CHOICES.items():
+        if known[key] not in choices:
+            raise invalid(key, known[key], f"one of {', '.join(choices)}", f"{key}={choices[0]}")
+    runs, seconds = known["runs"], known["seconds"]
+    if not isinstance(runs, int) or runs < 3:
+        raise invalid("runs", runs, "a whole number of at least 3, for an interval", "runs=15")
+    if not isinstance(seconds, (int, float)) or seconds <= 0:
+        raise invalid("seconds", seconds, "a number above 0", "seconds=10")
+    if not isinstance(known["tf32"], bool):
+        raise invalid("tf32", known["tf32"], "true or false", "tf32=true")
+
+
+def check_names(plan: Plan) -> None:
+    """A name is a contender's own.
+
+    Raises:
+        ValueError: two have the same.
+    """
+    names = [arm.name for arm in plan.arms]
+    for name in names:
+        if names.count(name) > 1:
+            fix = f"{{name: {name}-before, kernel: KERNEL, commit: COMMIT}}"
+            raise invalid("kernels", name, "a name that no other contender has", fix)
+
+
+def check_kernels(plan: Plan) -> None:
+    """This code has the contenders that are not a commit's; whether a commit has its own, its process finds out.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    for arm in plan.arms:
+        if arm.commit is None:
+            find_arm(arm.kernel)
+
+
+def _list(value: Any) -> list:
+    """One value stands for a list of it."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
 def parse_changes(words: Sequence[str]) -> dict[str, Any]:
@@ -170,8 +233,10 @@ def _arm(entry: Any) -> ArmSpec:
         return ArmSpec(entry, entry)
     if not isinstance(entry, dict) or not set(entry) <= {"name", "kernel", "commit"} or "kernel" not in entry:
         raise invalid("kernels", entry, "a name, or {kernel: NAME, commit: COMMIT}", "{kernel: naive, commit: HEAD~1}")
-    commit = None if entry.get("commit") is None else str(entry["commit"])
-    return ArmSpec(entry.get("name") or f"{entry['kernel']}@{commit}", entry["kernel"], commit)
+    kernel = str(entry["kernel"])
+    if entry.get("commit") is None:
+        return ArmSpec(str(entry.get("name") or kernel), kernel)
+    return ArmSpec(str(entry.get("name") or f"{kernel}@{entry['commit']}"), kernel, str(entry["commit"]))
 
 
 def _cases(problems: Sequence[Mapping[str, Any]], axes: Mapping[str, Any]) -> tuple[list[Case], int]:

@@ -62,8 +62,16 @@ class DeviceLost(RuntimeError):
     """A kernel broke the device's context: nothing more can be measured in this process."""
 
 
-def run_case(case: Case, wanted: Mapping[Arm, Sequence[str]], setup: Setup) -> Iterator[Outcome]:
+Note = Callable[[Sequence[str], Sequence[str]], None]
+
+
+def run_case(
+    case: Case, wanted: Mapping[Arm, Sequence[str]], setup: Setup, note: Note = lambda contenders, directions: None
+) -> Iterator[Outcome]:
     """Measure the wanted directions of every contender, interleaved; each yields exactly one outcome a direction.
+
+    Args:
+        note: called with the names of the contenders and the directions that run next, before they can crash.
 
     Raises:
         DeviceLost: after the outcome of the contender that did it.
@@ -71,12 +79,18 @@ def run_case(case: Case, wanted: Mapping[Arm, Sequence[str]], setup: Setup) -> I
     able: dict[Arm, list[str]] = {}
     for arm, directions in wanted.items():
         for which in directions:
-            if reasons := arm.reasons(case, setup.device, which):
+            try:
+                reasons = arm.reasons(case, setup.device, which)
+            except Exception as error:  # of an older commit, which cannot describe the problem, say
+                yield from _failures({arm.name: [which]}, error)
+                continue
+            if reasons:
                 yield Outcome(arm.name, which, "unsupported", "; ".join(reasons))
             else:
                 able.setdefault(arm, []).append(which)
     if not able:
         return
+    note([arm.name for arm in able], DIRECTIONS)
     try:
         inputs = [random_inputs(case, setup.device, seed) for seed in range(_num_turns(case, setup))]
         truths = {truth_case(arm.name, case): None for arm in able}
@@ -87,7 +101,7 @@ def run_case(case: Case, wanted: Mapping[Arm, Sequence[str]], setup: Setup) -> I
         return
     for which in DIRECTIONS:
         now = [arm for arm, directions in able.items() if which in directions]
-        yield from _run_direction(case, now, which, inputs, truths, setup)
+        yield from _run_direction(case, now, which, inputs, truths, setup, note)
         _clean_up(setup.device)
 
 
@@ -110,15 +124,23 @@ class _Probed:
 
 
 def _run_direction(
-    case: Case, arms: Sequence[Arm], which: str, inputs: Sequence[Inputs], truths: Mapping[Case, Truth], setup: Setup
+    case: Case,
+    arms: Sequence[Arm],
+    which: str,
+    inputs: Sequence[Inputs],
+    truths: Mapping[Case, Truth],
+    setup: Setup,
+    note: Note,
 ) -> Iterator[Outcome]:
     probed: dict[str, _Probed] = {}
     for arm in arms:
+        note([arm.name], [which])
         try:
             probed[arm.name] = _probe(case, arm, which, inputs, truths[truth_case(arm.name, case)], setup.device)
         except Exception as error:  # any failure of a contender is a result
             yield from _failures({arm.name: [which]}, error)
             _clean_up(setup.device)
+    note(list(probed), [which])
     timings, failed = _time({name: found.calls for name, found in probed.items()}, _num_runs(probed, setup), setup)
     for name, error in failed.items():
         yield from _failures({name: [which]}, error)

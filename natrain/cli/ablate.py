@@ -2,7 +2,7 @@
 
   natrain ablate ablation=nat_layers                                 configs/ablation/nat_layers.yaml
   natrain ablate ablation=mine.yaml kernels=cpu,reference dtype=fp32 a file of yours; key=value changes it
-  natrain ablate ablation=paper_2d devices=4                         problems spread over four GPUs
+  natrain ablate ablation=paper_2d devices=4                         problems spread over four GPUs (devices=0,3: those)
   natrain ablate ablation=models model=nat_tiny,nat_mini             whole models: images/s, memory, drift
   natrain ablate ablation=training seeds=5 data.root=DIR             short trainings, paired by seed
   natrain ablate ablation=search trials=20 cluster=slurm             any setting of `natrain train`, by Optuna
@@ -13,6 +13,7 @@ can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
 from __future__ import annotations
 
 import argparse
+import csv
 from pathlib import Path
 
 from natrain.errors import invalid, nearest
@@ -35,9 +36,8 @@ def epilog() -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    import yaml
-
-    from natrain.bench.sweep import default_device
+    from natrain.bench.plan import read_settings
+    from natrain.bench.sweep import checked_device
     from natrain.report.build import build_page
     from natrain.report.tables import check_wandb, log_tables
 
@@ -52,13 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             changes.append(word)
     path = _find(words["ablation"])
-    device = words["device"] or default_device()
-    if device not in ("cuda", "cpu"):
-        raise invalid("device", device, "cuda or cpu", "device=cuda")
+    device = checked_device(words["device"])
     if words["wandb"] is not None:
         check_wandb("wandb", words["wandb"])
     kinds = {"kernels": _kernels, "models": _models, "training": _training}
-    kind = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("kind", "kernels")
+    kind = read_settings(path).get("kind", "kernels")
     if kind not in kinds:
         raise invalid("kind", kind, f"one of {', '.join(kinds)}", "kind: kernels")
     out, code = kinds[kind](path, words, changes, device, arguments)
@@ -89,24 +87,24 @@ def _kernels(
 ) -> tuple[Path, int]:
     from natrain.bench.plan import parse_changes, read_plan
     from natrain.bench.spread import run_everywhere
-    from natrain.bench.sweep import parse_only
+    from natrain.bench.sweep import options_of
 
     plan = read_plan(path, parse_changes(changes))
-    parse_only(arguments.only)
-    if not words["devices"].isdigit() or int(words["devices"]) < 1:
-        raise invalid("devices", words["devices"], "a whole number >= 1", "devices=1")
+    devices = _devices(words["devices"])
     out = _out(words, plan.name, plan.digest)
-    options = [*changes]
-    for name in ("only", "arms"):
-        if getattr(arguments, name):
-            options += [f"--{name}", *getattr(arguments, name)]
-    for name in ("time_limit", "chunk", "threads"):
-        if getattr(arguments, name) is not None:
-            options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    options += ["--retry-failed"] if arguments.retry_failed else []
-    total = len(plan.cases) * len(plan.arms) * len(plan.directions)
-    print(f"{plan.name}: {total} runs, baseline {plan.baseline}; results in {out}", flush=True)
-    return out, run_everywhere(plan, path, options, out, device, int(words["devices"]))
+    return out, run_everywhere(plan, path, changes, options_of(arguments, out, device), devices)
+
+
+def _devices(text: str) -> list[int]:
+    """``2``: the first two; ``0,3`` or ``[3]``: those."""
+    parts = text.removeprefix("[").removesuffix("]").split(",")
+    is_list = len(parts) > 1 or text.startswith("[")
+    if not all(part.strip().isdigit() for part in parts) or (not is_list and int(text) < 1):
+        raise invalid("devices", text, "a number of devices >= 1, or indices of devices", "devices=1 or devices=0,1")
+    numbers = [int(part) for part in parts]
+    if len(set(numbers)) < len(numbers):
+        raise invalid("devices", text, "each device once", f"devices={','.join(map(str, dict.fromkeys(numbers)))}")
+    return numbers if is_list else list(range(numbers[0]))
 
 
 def _models(
@@ -115,24 +113,35 @@ def _models(
     from natrain.bench.models import INSTEAD, read_model_plan, run_models
     from natrain.bench.options import Options
     from natrain.bench.plan import parse_changes
+    from natrain.bench.supervise import locked
+    from natrain.bench.threads import computing_on
 
     options = Options.of(arguments, words["devices"], "models", INSTEAD)
     plan = read_model_plan(path, parse_changes(changes))
     out = _out(words, path.stem, plan.digest)
-    return out, run_models(plan, out, device, options)
+    with locked(out), computing_on(device, options.threads, "--threads "):
+        return out, run_models(plan, out, device, options) or _any_failed(out / "models.csv")
 
 
 def _training(
     path: Path, words: dict[str, str], changes: list[str], device: str, arguments: argparse.Namespace
 ) -> tuple[Path, int]:
     from natrain.bench.options import Options
+    from natrain.bench.supervise import locked
     from natrain.bench.training import INSTEAD, read_training_plan, run_training
     from natrain.cli.compose import compose_config
 
     options = Options.of(arguments, words["devices"], "training", INSTEAD)
     plan = read_training_plan(path, changes, words["device"])
     out = _out(words, path.stem, plan.digest)
-    return out, run_training(plan, out, compose_config, options)
+    with locked(out):
+        return out, run_training(plan, out, compose_config, options) or _any_failed(out / "training.csv")
+
+
+def _any_failed(path: Path) -> int:
+    """The exit code for what its rows say."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return int(any(row["status"] == "failed" for row in csv.DictReader(file)))
 
 
 def _out(words: dict[str, str], name: str, digest: str) -> Path:

@@ -57,7 +57,7 @@ def device(built, monkeypatch):
     monkeypatch.setattr(sweep, "product_flops_per_s", lambda *_: {})
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
 
-    def run_case(case, wanted, setup):
+    def run_case(case, wanted, setup, note):
         for arm, directions in wanted.items():
             yield from (Outcome(arm.name, which, "unsupported", "not here") for which in directions)
 

@@ -38,6 +38,13 @@ def test_a_difference_within_the_spread_warns():
         assert ratio(_timing("a", 1.9, 2.0, 2.1), _timing("b", 0.9, 1.0, 1.1)) == 2.0
 
 
+def test_contenders_and_their_inputs_take_turns():
+    called = []
+    turns = {"a": [lambda: called.append("a0"), lambda: called.append("a1")], "b": lambda: called.append("b")}
+    assert set(measure(turns, runs=3, warm_ups=1, warm_cache=True, device="cpu")) == {"a", "b"}
+    assert called == ["a0", "a1", "b"] + ["a0", "b", "a1", "b", "a0", "b"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("timer", ["events", "device", "graph"])
 def test_twice_the_work_takes_twice_as_long(timer):

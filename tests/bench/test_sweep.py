@@ -5,19 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
-import os
-import signal
-import subprocess
-import sys
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from natrain.bench import rows
+from natrain.bench import plan as plan_module
+from natrain.bench import rows, sweep, threads, worker
+from natrain.bench.arms import find_arm
+from natrain.bench.case import Case
+from natrain.bench.environment import commit_of_code, typed
+from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import make_plan, read_plan
-from natrain.bench.sweep import Options, count_runs, main, missing_runs, run_sweep
+from natrain.bench.run_case import DeviceLost, Outcome, Setup, run_case
+from natrain.bench.sweep import Options, count_runs, estimated_s, main, missing_runs, run_sweep
 from natrain.ops import registry
 from natrain.ops.cpu import CpuKernel
 
@@ -43,28 +45,30 @@ def results(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_every_run_has_one_row_and_a_second_time_measures_nothing(plan_file, tmp_path, capsys):
+def test_every_run_has_one_row_and_a_second_time_measures_nothing(plan_file, tmp_path, capfd):
     out = tmp_path / "out"
-    command = [str(plan_file), "--out", str(out), "--device", "cpu"]
+    command = [str(plan_file), "--out", str(out), "--device", "cpu", "--threads", "1"]
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert f"{PROBLEMS} problems, {RUNS} runs in all, 2 combinations whose window does not fit left out" in said
-    assert f"to measure: {RUNS} runs on cpu, {torch.get_num_threads()} threads, wall clock, about" in said
+    said = capfd.readouterr().out
+    assert f"{PROBLEMS} problems, {RUNS} runs in all, baseline cpu, 2 combinations whose window does not fit" in said
+    assert f"to measure: {RUNS} runs on cpu, 1 threads, wall clock, about" in said
     found = results(out)
     assert len({rows.key(row) for row in found}) == len(found) == RUNS
     for row in found:
         if row["arm"] == "naive":
             assert row["status"] == "unsupported" and "device cpu" in row["reason"] and not row["median_ms"]
         else:
-            assert row["status"] == "ok" and row["runs"] == "3" and row["timer"] == "wall"
+            assert row["status"] == "ok" and row["runs"] == "3" and row["timer"] == "wall" and row["threads"] == "1"
             assert 0 < float(row["low_ms"]) <= float(row["median_ms"]) <= float(row["high_ms"]) < 1e3
             assert 0 < float(row["error"]) < (1e-5 if row["dtype"] == "fp32" else 2e-2)
     assert {row["plan"] for row in found} == {read_plan(plan_file).digest}
     environment = json.loads((out / "environment.jsonl").read_text().splitlines()[0])
-    assert environment["torch"] == torch.__version__ and environment["threads"] == torch.get_num_threads()
+    assert environment["torch"] == torch.__version__ and environment["threads"] == 1
+    assert environment["command"] == typed() and "worker" not in typed()
+    assert environment["commits"] == dict.fromkeys(("cpu", "reference", "naive"), commit_of_code())
     before = (out / "results.csv").read_bytes()
     assert main(command) == 0
-    assert "to measure: 0 runs" in capsys.readouterr().out
+    assert "to measure: 0 runs" in capfd.readouterr().out
     assert (out / "results.csv").read_bytes() == before
 
 
@@ -76,29 +80,6 @@ def test_a_new_contender_is_all_that_is_measured(plan_file, tmp_path):
     both = Options(options.out, "cpu", options.only, arms=["cpu", "reference"])
     missing = missing_runs(plan, both)
     assert count_runs(missing) == 4 and {arm.name for arms in missing.values() for arm in arms} == {"reference"}
-
-
-@pytest.mark.slow
-def test_a_killed_sweep_loses_nothing(plan_file, tmp_path):
-    out = tmp_path / "out"
-    command = [sys.executable, "-m", "natrain.bench.sweep", str(plan_file), "--out", str(out), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-    results_file = out / "results.csv"
-    deadline = time.monotonic() + 120
-    while not results_file.exists() or results_file.read_bytes().count(b"\n") < 0.3 * RUNS:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = results_file.read_bytes()
-    assert 0.3 * RUNS <= before.count(b"\n") < RUNS
-    # The worst that a kill can leave: half a row.
-    results_file.write_bytes(before + before.splitlines()[-1][:40])
-    assert main(command[3:]) == 0
-    after = list(rows.read(results_file))
-    assert results_file.read_bytes().startswith(before)
-    assert sorted(map(rows.key, after)) == sorted({rows.key(row) for row in after}) and len(after) == RUNS
 
 
 class Broken(CpuKernel):
@@ -148,18 +129,43 @@ def test_failures_are_rows_with_their_reason(foreign_kernels, tmp_path):
     assert count_runs(missing_runs(plan, Options(tmp_path, "cpu", {}, retry_failed=True))) == 3
 
 
-def test_a_problem_that_ends_the_process_twice_fails(plan_file, tmp_path):
-    plan = read_plan(plan_file)
-    options = Options(tmp_path, "cpu", {"shape": "8x9", "kernel_size": "5", "dtype": "fp32"}, arms=["cpu"])
-    (case,) = missing_runs(plan, options)
-    (tmp_path / ".attempt-0").write_text(f"{case.name}\t2")
-    assert run_sweep(plan, options) == 0
-    assert [row["reason"] for row in results(tmp_path)] == ["the process ended 2 times while at this"] * 2
+def test_what_runs_next_is_told_before_it_can_crash():
+    """All at their inputs, each at its first call, all again where they take turns; directions in order."""
+    case, told = Case.of({"shape": "6x6", "heads": 1, "head_dim": 8, "kernel_size": 3}), []
+    arms = {find_arm(name): ("forward", "backward") for name in ("cpu", "reference")}
+    list(run_case(case, arms, Setup("cpu", 3, cache="warm"), lambda *now: told.append(tuple(map(list, now)))))
+    both = ["cpu", "reference"]
+    assert told == [(both, ["forward", "backward"])] + [
+        (names, [which]) for which in ("forward", "backward") for names in (["cpu"], ["reference"], both)
+    ]
+
+
+def test_a_lost_device_is_blamed_on_who_ran_alone(plan_file, tmp_path, monkeypatch):
+    """Side by side nobody fails; the next process runs each alone, and whom the device is lost with has the row."""
+    options = Options(tmp_path, "cpu", ONE, arms=["cpu", "reference"], threads=1)
+
+    def run_case(case, wanted, setup, note):
+        note([arm.name for arm in wanted], ["forward", "backward"])
+        if "reference" in [arm.name for arm in wanted]:
+            raise DeviceLost("gone")
+        return (Outcome(arm.name, which, "unsupported") for arm, own in wanted.items() for which in own)
+
+    monkeypatch.setattr(sweep, "run_case", run_case)
+    monkeypatch.setattr(worker, "die_with", lambda parent: None)
+    codes, deaths = [], (None, "device lost", "device lost")
+    for death in deaths:
+        codes.append(worker.main(worker.as_json(plan_file, [], options, 0, death)))
+    assert codes == [worker.DEVICE_LOST, worker.DEVICE_LOST, 0]
+    reason = "the process died (device lost: gone) while at this"
+    assert {(row["arm"], row["status"], row["reason"]) for row in results(tmp_path)} == {
+        ("cpu", "unsupported", ""),
+        ("reference", "failed", reason),
+    }
+    assert len(results(tmp_path)) == 4 and not options.running.exists()
 
 
 def test_the_time_limit_stops_before_it_is_passed(plan_file, tmp_path, capsys):
-    command = [str(plan_file), "--out", str(tmp_path / "out"), "--device", "cpu", "--time-limit", "0"]
-    assert main(command) == 3
+    assert run_sweep(read_plan(plan_file), Options(tmp_path, "cpu", {}, time_limit_s=0)) == 3
     assert f"{PROBLEMS} problems are left" in capsys.readouterr().out
 
 
@@ -187,11 +193,30 @@ def test_rows_of_many_writers_stay_whole(tmp_path):
     assert len({(row["arm"], row["direction"]) for row in rows.read(path)}) == 400
 
 
-def test_another_yaml_needs_another_folder(plan_file, tmp_path):
-    options = Options(tmp_path, "cpu", {"shape": "6x6", "kernel_size": "3", "dtype": "fp32"}, arms=["cpu"])
-    assert run_sweep(read_plan(plan_file), options) == 0
-    with pytest.raises(ValueError, match="--out NEW"):
-        missing_runs(read_plan(plan_file, {"runs": 4}), options)
+ONE = {"shape": "6x6", "kernel_size": "3", "dtype": "fp32"}
+
+
+def test_rows_belong_to_how_they_were_measured_and_not_to_the_yaml(plan_file, tmp_path):
+    """A comment, a contender and a problem more leave what was measured; runs, cache and threads do not."""
+    options = Options(tmp_path, "cpu", ONE, threads=1)
+    assert run_sweep(read_plan(plan_file, {"kernels": ["cpu"]}), options) == 0
+    assert count_runs(missing_runs(read_plan(plan_file, {"kernels": ["cpu"]}), options)) == 0
+    plan_file.write_text("# more\n" + PLAN.replace("naive]", "naive, sdpa]").replace("8x9, 6x6", "8x9, 6x6, 7x7"))
+    plan = read_plan(plan_file)
+    missing = missing_runs(plan, options)
+    assert {arm.name for arms in missing.values() for arm in arms} == {"reference", "naive", "sdpa"}
+    assert count_runs(missing_runs(plan, replace(options, only={}))) == 16 * 4 * 2 - 2
+    for changes, now, then in (({"runs": 4}, "runs=4", "runs=3"), ({"cache": "cold"}, "cache=cold", "cache=warm")):
+        with pytest.raises(ValueError, match=f"measured with {now}, not {then}.* --out NEW"):
+            missing_runs(read_plan(plan_file, changes), options)
+    with pytest.raises(ValueError, match="measured with threads=2, not threads=1"):
+        missing_runs(plan, replace(options, threads=2))
+
+
+def test_how_times_are_taken_is_part_of_the_hash(plan_file, monkeypatch):
+    before = read_plan(plan_file).digest
+    monkeypatch.setattr(plan_module, "METHOD", plan_module.METHOD + 1)
+    assert read_plan(plan_file).digest != before
 
 
 @pytest.mark.parametrize(
@@ -205,6 +230,14 @@ def test_another_yaml_needs_another_folder(plan_file, tmp_path):
         ({"baseline": "fused"}, "baseline=cpu"),
         ({"kernel_size": 99}, "at least one problem"),
         ({"kernels": [{"name": "a"}]}, "commit: "),
+        ({"kernels": ["cpu", {"kernel": "cpu", "name": "cpu", "commit": "HEAD"}]}, "no other contender has"),
+        ({"seconds": "abc"}, "seconds='abc' .* Try: seconds=10"),
+        ({"batch": "abc"}, "batch='abc' .* one whole number"),
+        ({"heads": "2x4"}, "heads='2x4' .* one whole number"),
+        ({"window": 3}, "Try: kernel_size="),
+        ({"problems": 3}, "problems=3 .* a list of problems"),
+        ({"axes": [1]}, "axes: .kernel_size"),
+        ({"tf32": "some"}, "tf32=true"),
     ],
 )
 def test_a_bad_plan_says_what_to_type(plan_file, changes, message):
@@ -212,9 +245,92 @@ def test_a_bad_plan_says_what_to_type(plan_file, changes, message):
         read_plan(plan_file, changes)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("kernels: [cpu", "a yaml file .*line 1"), ("[cpu, reference]", "settings with values"), ("", "settings with")],
+)
+def test_a_yaml_that_is_none_says_so(tmp_path, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_plan(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_value_stands_for_a_list_of_it(plan_file):
+    plan_file.write_text(PLAN.replace("[cpu, reference, naive]", "cpu") + "directions: forward\n")
+    plan = read_plan(plan_file)
+    assert [arm.name for arm in plan.arms] == ["cpu"] and plan.directions == ("forward",)
+
+
+def test_arms_that_are_none_of_the_plan(plan_file, tmp_path):
+    with pytest.raises(ValueError, match="--arms reference"):
+        missing_runs(read_plan(plan_file), Options(tmp_path, "cpu", {}, arms=["referense"]))
+
+
 def test_an_unknown_contender_names_the_nearest(plan_file, tmp_path):
     with pytest.raises(ValueError, match="kernels=reference"):
-        run_sweep(read_plan(plan_file, {"kernels": ["referense"]}), Options(tmp_path, "cpu", {}))
+        main([str(plan_file), "kernels=referense", "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_computes_on_cores_of_its_own(plan_file, tmp_path, monkeypatch):
+    """By default torch's number of threads, pinned; the second of two processes on what the first one leaves."""
+    seen = []
+
+    def run_case(case, wanted, setup, note):
+        seen.append((threads.cores(), torch.get_num_threads()))
+        return iter(())
+
+    monkeypatch.setattr(sweep, "run_case", run_case)
+    monkeypatch.setattr(sweep, "_keep_environment", lambda *_: None)
+    before, number = threads.cores(), torch.get_num_threads()
+    for slot in range(min(2, len(before))):
+        assert run_sweep(read_plan(plan_file), Options(tmp_path, "cpu", ONE, threads=1, slot=slot)) == 0
+        assert seen[-1] == ([before[slot]], 1)
+    assert run_sweep(read_plan(plan_file), Options(tmp_path, "cpu", ONE)) == 0
+    assert seen[-1] == (before[:number], number)
+    assert threads.cores() == before and torch.get_num_threads() == number
+
+
+def test_threads_are_as_many_as_cores_allow(monkeypatch):
+    monkeypatch.setattr(threads, "cores", lambda: list(range(6)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert [threads.threads_each(None, "--threads ", n) for n in (1, 2, 6)] == [4, 3, 1]
+    assert threads.threads_each(3, "--threads ", 2) == 3
+    for asked, processes, message in ((7, 1, "--threads 6"), (0, 1, "--threads 6"), (4, 2, "--threads 3")):
+        with pytest.raises(ValueError, match=f"Try: {message}"):
+            threads.threads_each(asked, "--threads ", processes)
+    with pytest.raises(ValueError, match="devices=7 .* Try: devices=6"):
+        threads.threads_each(None, "--threads ", 7)
+
+
+def test_a_guess_of_the_time_follows_the_work(plan_file):
+    """Against milliseconds that layers took on one core of an AMD server processor; what cannot run takes none."""
+    layers = [
+        ({"shape": "28x28", "heads": 4, "kernel_size": 7, "batch": 4}, "cpu", (4.6, 10.0)),
+        ({"shape": "56x56", "heads": 2, "kernel_size": 13, "batch": 8, "dilation": 4}, "cpu", (23.4, 42.6)),
+        ({"shape": "56x56", "heads": 2, "kernel_size": 13, "batch": 8, "dilation": 4}, "reference", (3677, 8021)),
+        ({"shape": "4096", "heads": 4, "kernel_size": 63}, "reference", (461, 438)),
+        ({"shape": "4096", "heads": 4, "kernel_size": 63}, "sdpa", (613, 589)),
+    ]
+    for words, kernel, times in layers:
+        case = Case.of({**words, "head_dim": 32})
+        for which, ms in zip(("forward", "backward"), times, strict=True):
+            assert 1 / 3 < 1e3 * kernel_seconds(case, kernel, which, "cpu") / ms < 3
+    large = {"kernels": ["reference", "naive"], "shape": ["28x28"], "batch": [64], "dtype": ["fp32"], "seconds": 1000}
+    plan = read_plan(plan_file, large)
+
+    def guess(name: str, changes=plan, count: int = 1) -> float:
+        arms = [arm for arm in changes.arms if arm.name == name]
+        missing = {case: {arm: list(changes.directions) for arm in arms} for case in changes.cases}
+        return estimated_s(changes, missing, "cpu", count)
+
+    assert guess("naive") == 0 < guess("reference")
+    longer = read_plan(plan_file, {**large, "runs": 11})
+    # 3 and 5 untimed calls become 11 and 5.
+    assert guess("reference", longer) / guess("reference") == pytest.approx(2, rel=0.1)
+    assert guess("reference", count=2) / guess("reference") == pytest.approx(0.5, rel=0.1)
 
 
 @pytest.mark.parametrize("arm", ["sdpa", "dense"])

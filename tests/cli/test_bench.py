@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from natrain.bench import ceilings, threads
 from natrain.bench.case import Case
 from natrain.bench.ceilings import copy_bytes_per_s, product_flops_per_s
 from natrain.bench.measure import Timing
@@ -37,6 +38,19 @@ def test_every_kernel_of_this_machine_is_the_default(capsys):
     assert main(["bench", *PROBLEM, "device=cpu", "runs=3", "cache=warm"]) == 0
     said = capsys.readouterr().out
     assert {"cpu", "reference", "sdpa"} == set(re.findall(r"^(\w+) +forward", said, re.M))
+
+
+def test_threads_are_pinned_and_given_back(capsys, monkeypatch):
+    before, seen = threads.cores(), []
+
+    def ceiling(device):
+        seen.append(threads.cores())
+        return copy_bytes_per_s(device)
+
+    monkeypatch.setattr(ceilings, "copy_bytes_per_s", ceiling)
+    assert main(["bench", *PROBLEM, "device=cpu", "runs=3", "cache=warm", "kernels=cpu", "threads=1"]) == 0
+    assert "wall clock, 1 threads" in capsys.readouterr().out
+    assert seen == [before[:1]] and threads.cores() == before
 
 
 def test_rates_of_a_known_time():
@@ -85,8 +99,9 @@ def test_a_kernel_of_another_package_by_its_name(tmp_path):
     words = [*PROBLEM, "kernels=theirs,mean,cpu", "device=cpu", "runs=3", "cache=warm"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
-        [sys.executable, "-m", "natrain", "bench", *words], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "natrain", "bench", *words], env=environment, capture_output=True, text=True
     )
+    assert done.returncode == 1, done.stderr
     timed = re.findall(r"^(\w+) +(forward|backward) ", done.stdout, re.M)
     assert timed == [("theirs", "forward"), ("cpu", "forward"), ("cpu", "backward")]
     assert "theirs unsupported: no gradients (backward)" in done.stdout
@@ -133,6 +148,11 @@ def test_natten_is_called_as_its_versions_want(version, arms, without):
         ([*PROBLEM, "kernels=cpo"], "kernels=cpu"),
         ([*PROBLEM, "device=tpu"], "device=cpu"),
         ([*PROBLEM, "runs=2"], "runs=30"),
+        ([*PROBLEM, "device=cpu", "threads=0"], "threads="),
+        ([*PROBLEM, "device=cpu", "threads=999"], "threads="),
+        ([*PROBLEM, "device=cpu", "threads=a"], "threads=1"),
+        ([*PROBLEM[:-1], "batch=abc"], "batch=2"),
+        ([*PROBLEM, "window=3"], "kernel_size="),
         ([*PROBLEM, "timer=sun"], "timer=device"),
         (["shape=9x8"], "heads=2"),
     ],
