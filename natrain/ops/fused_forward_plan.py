@@ -10,22 +10,16 @@ from natrain.ops.fused_search import Costs, Search
 from natrain.ops.geometry import under_no_mode
 
 _COSTS = Costs(
-    tile=966,
-    group=30,
-    word=26.5,
-    float32=3.95,
+    tile=557,
+    group=46,
+    word=30.5,
+    float32=3.0,
+    starts=(70, 8, 0),
     diagonals=0,
-    chunk=200,
-    not_resident=(1.85, 1.22),
-    narrow=1.32,
-    few_warps=(10.8, 0.76),
-    uneven=0.27,
-    registers=((29, 1.98), (90, 1.3)),
-    spills=2.4,
-    cache_bytes=32,
+    chunk=500,
     cached=1,
     moved=2,
-    exposed=0.26,
+    registers=((48, 1.62), (150, 1.2)),
 )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import replace
 
 from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.fused_search import Columns, Costs, Draft, Search
@@ -62,33 +61,28 @@ def demands_of_kv(problem: Problem, gradients: int) -> Demands:
 
 
 _OF_Q = Costs(
-    tile=1900,
-    group=48,
-    word=75,
-    float32=7.2,
+    tile=16,
+    group=60,
+    word=60,
+    float32=3.4,
+    starts=(70, 8, 0),
     diagonals=526,
-    chunk=148,
-    not_resident=(1.51, 0.88),
-    narrow=1.1,
-    few_warps=(12.8, 0.54),
-    uneven=0.18,
-    registers=((54, 1.59), (101, 2.07)),
-    spills=2.84,
-    cache_bytes=34,
+    chunk=430,
     cached=2,
-    moved=1.31,
-    exposed=0.25,
+    moved=2.5,
+    registers=((56, 1.5), (156, 1.6)),
 )
-_OF_KV = replace(
-    _OF_Q,
-    tile=560,
-    group=55,
-    word=30,
-    float32=2.5,
+_OF_KV = Costs(
+    tile=370,
+    group=70,
+    word=39,
+    float32=2.6,
+    starts=(70, 8, 0),
     diagonals=0,
-    chunk=244,
-    registers=((132, 2.32), (205, 1.34)),
-    moved=2.95,
+    chunk=240,
+    cached=2,
+    moved=3,
+    registers=((140, 1.25), (200, 1.6)),
 )
 
 

@@ -33,8 +33,7 @@ _TABLE_BYTES = 40 * 1024
 _CHUNK_BYTES = 36 * 1024
 _MOST_WARPS = 16  # of a block
 _MOST_RESIDENT_WARPS = 48  # of a multiprocessor, over all of its blocks
-_MEMORY_BYTES = 10.4  # a cycle and multiprocessor, of an H100
-_BIAS_CYCLES, _POINTER_CYCLES = 70, 8  # of 16 columns: the bias added score by score, a pointer into the table a line
+_CACHE_BYTES, _MEMORY_BYTES = 38, 10.4  # a cycle and multiprocessor, of an H100
 # Of a block before its first image, by kind of table. Measured: 17,000, and 24,000 for the last; tables were then built
 # from global memory entry by entry, which took most of it.
 _SETUP_CYCLES = (10_000, 12_000, 15_000)
@@ -115,52 +114,39 @@ class Draft(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What the warps of a kernel take for an image, in cycles, and what slows them.
+    """What the warps of a kernel take for an image, in cycles, and what they need.
 
     Attributes:
         tile: of a row tile.
         group: of 16 columns, besides what grows with their rows.
         word: of 16 columns, for 128 bytes of their rows.
-        float32: times ``word`` and ``chunk``: twice the products, whose factors are rounded first.
+        float32: times ``word``: twice the products, whose factors are rounded first.
+        starts: of 16 columns, by kind of table; the first with a bias, which is then added score by score.
         diagonals: of 16 columns whose share of the bias gradient does not stay in registers.
         chunk: beyond the first one.
-        not_resident: factors of the loop over chunks, in 16 bits and in float32, whose unrolled code spills.
-        narrow: factor of blocks of fewer than four warps.
-        few_warps: (a, b): warps wait for themselves where a multiprocessor has fewer than a, by the power b.
-        uneven: power of how uneven four schedulers share the warps.
+        cached: rows of a warp that come from the second-level cache besides its columns, of K and V each.
+        moved: rows of K and V (of Q and dO) that go through memory for each of a warp's.
         registers: that a thread has use for, (a, b) of a + b head_dim, in 16 bits and in float32.
-        spills: of what it lacks of them, a share, squared.
-        cache_bytes: that a multiprocessor gets from the second-level cache in a cycle.
-        cached: rows of a warp that come from there besides its columns, of K and V (or Q and dO) each.
-        moved: rows that go through memory for each of a warp's.
-        exposed: share of the shorter one of work and memory that two stages do not hide.
     """
 
     tile: float
     group: float
     word: float
     float32: float
+    starts: tuple[float, float, float]
     diagonals: float
     chunk: float
-    not_resident: tuple[float, float]
-    narrow: float
-    few_warps: tuple[float, float]
-    uneven: float
-    registers: tuple[tuple[float, float], tuple[float, float]]
-    spills: float
-    cache_bytes: float
     cached: float
     moved: float
-    exposed: float
+    registers: tuple[tuple[float, float], tuple[float, float]]
 
 
 class Search:
     """The legal plans of a kernel, and the best of them.
 
     The cost is a model: what warps do and what memory moves go on at once as far as blocks or stages take turns.
-    Fitted to 330 plans of ten problems (an H200; scripts/bench_plans.py) and to the times of the frozen sweep with the
-    plans of two earlier models (an H100 and an H200), whose logarithms it meets with a standard deviation of 0.16
-    forward and 0.15 backward.
+    Fitted to 330 plans of ten problems (an H200; scripts/bench_plans.py) and to the times of the fused kernels in the
+    frozen sweep (an H100), whose logarithms it meets with a standard deviation of 0.19 forward and 0.17 backward.
     """
 
     def __init__(self, space: Space, demands: Demands, device: Device, costs: Costs) -> None:
@@ -183,14 +169,15 @@ class Search:
 
     def group_cycles(self, columns: Columns) -> float:
         """Of 16 columns, besides what is the same for every plan."""
-        return ((_BIAS_CYCLES if self.space.has_rpb else 0), _POINTER_CYCLES, 0)[columns.start_table]
+        if columns.start_table == 0:
+            return self.costs.starts[0] if self.space.has_rpb else 0
+        return self.costs.starts[columns.start_table]
 
     def least_of_block(self, block: Block) -> float:
         """At most the cost of any draft of this block: ``_cycles`` without the factors that are 1 at the least."""
         tokens = math.prod(block.box)
         chunks = self._fewest_chunks(block) if tokens > 16 * self.demands.most_groups else 1
         work = self._warp_cycles(block.count, tokens // 16, 0, chunks, self._most_blocks(block.count))
-        work *= min(1, *self.costs.not_resident)
         cycles = max(work, self._memory_cycles(block.count, math.prod(block.halo)))
         return block.combinations * self.space.batch * cycles / self.device.multiprocessors
 
@@ -201,8 +188,9 @@ class Search:
             return math.inf
         cycles = self._cycles(draft, blocks)
         setup = _setup_images(draft, cycles)
-        waves = draft.block.combinations / (self.device.multiprocessors * blocks)
-        return cycles * max(waves * (self.space.batch + setup), self._fewest_images(draft.block, blocks) + setup)
+        slots = self.device.multiprocessors * blocks
+        images = -(-self.space.batch // _most_splits(self.space.batch, draft.block.combinations, slots))
+        return cycles * max(draft.block.combinations / slots * (self.space.batch + setup), images + setup)
 
     def finished(self, draft: Draft) -> Plan:
         """The plan of a draft that is legal."""
@@ -394,44 +382,34 @@ class Search:
 
     def _cycles(self, draft: Draft, blocks: int) -> float:
         """Of a multiprocessor for one image of all its blocks."""
-        costs, (block, columns, stages, _, _, _, chunks, computed, fetched) = self.costs, draft
+        block, columns, stages, _, _, _, chunks, computed, fetched = draft
         work = self._warp_cycles(block.count, computed, self.group_cycles(columns), chunks, blocks)
-        work *= 1 if columns.resident else costs.not_resident[self._is_float32]
-        # Four schedulers share the warps of a block, and of all blocks.
-        if block.count >= 4:
-            work *= (-(-block.count // 4) * 4 / block.count) ** costs.uneven
-        warps = block.count * blocks
-        work *= (-(-warps // 4) * 4 / warps) ** costs.uneven
+        if self._is_float32:
+            # Straight-line code for a whole halo: more instructions than their cache holds, and more is spilled.
+            work *= 1.2 if columns.resident else 1
+        else:
+            work *= 1 if columns.resident else 1.3
         # What registers the warps of a multiprocessor lack is spilled.
-        registers = min(255, _REGISTERS // (32 * warps) // 8 * 8)
-        work *= math.exp(costs.spills * max(0.0, 1 - registers / self._wanted_registers) ** 2)
+        registers = min(255, _REGISTERS // (32 * block.count * blocks) // 8 * 8)
+        work *= math.exp(3 * max(0.0, 1 - registers / self._wanted_registers) ** 2)
         memory = self._memory_cycles(block.count, fetched)
         # While one waits another works: blocks of a multiprocessor, or stages of a block.
-        exposed = 1.0
-        if stages > 1:
-            fetches = (1 if columns.resident else chunks) * self._fewest_images(block, blocks)
-            exposed = costs.exposed + (1 - costs.exposed) / fetches
-        return blocks * (work + memory - (1 - exposed / blocks) * min(work, memory))
-
-    def _fewest_images(self, block: Block, blocks: int) -> int:
-        """Of a block, for any splits."""
-        slots = self.device.multiprocessors * blocks
-        return -(-self.space.batch // _most_splits(self.space.batch, block.combinations, slots))
+        hidden = 1 - (1.0 if stages == 1 else 0.35) / blocks
+        return blocks * (work + memory - hidden * min(work, memory))
 
     def _warp_cycles(self, warp_count: int, computed: int, of_group: float, chunks: float, blocks: int) -> float:
         """Of a block's warps for an image. Four schedulers share them; few warps wait for themselves."""
         costs = self.costs
-        slower = costs.float32 if self._is_float32 else 1
-        group = costs.group + of_group + costs.word * slower * self._row_bytes / 128
-        cycles = warp_count * (costs.tile + computed * group + costs.chunk * slower * (chunks - 1)) / 4
-        enough, power = costs.few_warps
-        return cycles * (costs.narrow if warp_count < 4 else 1) * max(1, enough / (blocks * warp_count)) ** power
+        word = costs.word * (costs.float32 if self._is_float32 else 1)
+        group = costs.group + of_group + word * self._row_bytes / 128
+        cycles = warp_count * (costs.tile + computed * group + costs.chunk * (chunks - 1)) / 4
+        return cycles * (1.2 if warp_count < 4 else 1) * max(1, 17 / (blocks * warp_count)) ** 0.72
 
     def _memory_cycles(self, warp_count: int, fetched: int) -> float:
         """Of a block for an image: columns and rows through the second-level cache, every row through memory."""
         rows = 16 * warp_count * self._row_bytes
         cached = fetched * self._row_bytes + self.costs.cached * rows
-        return max(cached / self.costs.cache_bytes, self.costs.moved * rows / _MEMORY_BYTES)
+        return max(cached / _CACHE_BYTES, self.costs.moved * rows / _MEMORY_BYTES)
 
 
 def _setup_images(draft: Draft, cycles: float) -> float:
