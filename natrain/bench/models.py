@@ -151,7 +151,7 @@ def run_models(plan: ModelPlan, out: Path, device: str, options: Options | None 
     """Measure what models.csv in ``out`` lacks.
 
     Returns:
-        0; 1 where no run of the plan has a time; 3 where the time limit came first.
+        0; 1 where a run of the plan failed or none has a time; 3 where the time limit came first.
 
     Raises:
         ValueError: the folder belongs to another plan, an option that this device does not have.
@@ -201,7 +201,8 @@ def run_models(plan: ModelPlan, out: Path, device: str, options: Options | None 
         for kernel in plan.kernels
         for mode in MODES
     }
-    return 0 if any(_key(row) in wanted and row["status"] == "ok" for row in rows.read(path, COLUMNS)) else 1
+    latest = {_key(row): row["status"] for row in rows.read(path, COLUMNS) if _key(row) in wanted}
+    return int("failed" in latest.values() or "ok" not in latest.values())
 
 
 def _key(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -218,7 +218,7 @@ def run_training(
         compose: from settings as typed to a configuration; raises ValueError for wrong ones.
 
     Returns:
-        0; 1 where no training of the plan has an accuracy; 3 where the time limit came first.
+        0; 1 where a training of the plan failed or none has an accuracy; 3 where the time limit came first.
 
     Raises:
         ValueError: the folder belongs to another plan, a setting is wrong, Optuna or submitit is wanted and missing.
@@ -280,11 +280,8 @@ def run_training(
         print(f"stopped by the time limit of {options.time_limit_s:.0f} s; {progress.left} are left, run it again")
         return 3
     names = None if plan.search else {f"{kernel}-{seed}" for kernel, seed in plan.jobs}
-    return 0 if _has_result(rows.read(path, COLUMNS), names) else 1
-
-
-def _has_result(found: Iterable[Mapping[str, str]], runs: set[str] | None) -> bool:
-    return any(row["status"] == "ok" for row in found if runs is None or row["run"] in runs)
+    latest = {row["run"]: row["status"] for row in rows.read(path, COLUMNS) if names is None or row["run"] in names}
+    return int("failed" in latest.values() or "ok" not in latest.values())
 
 
 def _check_and_estimate(plan: TrainingPlan, out: Path, compose: Callable[[list[str]], DictConfig]) -> float:

@@ -168,7 +168,7 @@ class _Primitive:
         products = warps * box / self.columns
         share = self.columns / 16
         if is_qk:
-            pairs, per_byte = _SCORES_COST[self.is_summed], 0.1 if self.itemsize == 4 else 0.2
+            pairs, per_byte = _SCORES_COST[self.is_summed], 0.11 if self.itemsize == 4 else 0.2
         else:
             pairs, per_byte = _WEIGHTS_COST[is_staged] * (0.4 + 0.6 * share), 0.2
         weights = warps * ROWS * self.pitch * self.itemsize / ACCESS_BYTES
@@ -190,7 +190,7 @@ class _Primitive:
 
 # Instructions of a warp besides the products: for 8 columns of scores (are they kept until the last slice), for 16
 # columns of weights (are they staged).
-_SCORES_COST = {False: 31, True: 26}
+_SCORES_COST = {False: 33, True: 27}
 _WEIGHTS_COST = {True: 46, False: 97}
 
 
