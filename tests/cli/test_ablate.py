@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from natrain.bench import models, rows, spread, supervise, threads
+from natrain.bench import rows, spread, supervise, threads
 from natrain.bench.arms import find_arm
 from natrain.bench.plan import read_plan
 from natrain.bench.run_case import Setup, run_case
@@ -253,17 +253,6 @@ def test_a_killed_command_leaves_nobody_at_work_and_loses_nothing(ablate, tmp_pa
     assert process.returncode == 0, said
     found = [row for row in rows.read(results_file)]
     assert len(found) == len(set(map(rows.key, found))) == 4 and {row["status"] for row in found} == {"ok"}
-
-
-def test_models_that_failed_exit_with_1(tmp_path, monkeypatch):
-    def run_models(plan, out, device):
-        rows.start(out / "models.csv", models.COLUMNS)
-        rows.append(out / "models.csv", {"status": status, "utc": "now"}, models.COLUMNS)
-        return 0
-
-    monkeypatch.setattr(models, "run_models", run_models)
-    for status, code in (("ok", 0), ("failed", 1)):
-        assert main(["ablate", "ablation=models", "device=cpu", f"out={tmp_path}/{status}"]) == code
 
 
 def test_two_commands_do_not_share_a_folder(tmp_path, monkeypatch, capsys):

@@ -193,16 +193,16 @@ def test_the_environment_asks_the_driver(monkeypatch):
 
     def said(*command: str) -> str:
         asked.append(command)
-        return "570.1, 1980 MHz, 1981 MHz, 2619 MHz, 700.00 W, 31" if command[0] == "nvidia-smi" else ""
+        return "570.1, 1981 MHz, 2619 MHz, 700.00 W, 31" if command[0] == "nvidia-smi" else ""
 
     monkeypatch.setattr(environment, "_said", said)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     found = environment.environment("cuda")
-    assert (found["driver_version"], found["clocks.sm"], found["clocks.mem"]) == ("570.1", "1980 MHz", "2619 MHz")
+    assert (found["driver_version"], found["clocks.mem"]) == ("570.1", "2619 MHz")
     assert (found["clocks.max.sm"], found["power.limit"], found["temperature.gpu"]) == ("1981 MHz", "700.00 W", "31")
     (query,) = [command[1] for command in asked if command[0] == "nvidia-smi"]
-    assert query == "--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    assert query == "--query-gpu=driver_version,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
 
 
 def test_failures_and_errors_are_listed(folder):
