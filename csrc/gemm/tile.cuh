@@ -14,7 +14,7 @@
 // head), NATRAIN_PITCH (elements from one row of weights to the next), NATRAIN_OFFSET (int where every offset inside an image fits, else long long),
 // NATRAIN_BY_KEY, NATRAIN_ROW_Z.., NATRAIN_WARPS_Z.., NATRAIN_HALO_Z.. (of which every line of
 // every box has a multiple of COLUMNS columns), NATRAIN_CHUNK, NATRAIN_BOX_Z.. (the largest of a warp), NATRAIN_SLICES,
-// NATRAIN_COLUMNS (16, or 8 where float32 or a sliced qk does with fewer).
+// NATRAIN_COLUMNS (8 in qk; in sums 16, or 8 where float32 does with fewer).
 #pragma once
 
 #include "intrinsics.cuh"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from natrain.report.blocks import Page, Section, Table
 
 # Shown once for all folders; what differs between sessions is listed.
 _ENVIRONMENT = (
-    "device", "count", "threads", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit",
-    "temperature.gpu", "natrain", "commit", "torch", "cuda", "timm", "natten", "python", "platform", "command",
+    "device", "count", "threads", "cores", "driver_version", "clocks.max.sm", "clocks.mem", "power.limit",
+    "temperature.gpu", "natrain", "commit", "commits", "torch", "cuda", "timm", "natten", "python", "platform",
+    "command",
 )  # fmt: skip
 
 
@@ -40,6 +41,7 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
     sessions = [session for folder in folders for session in _sessions(folder)]
     found: list[Section] = []
     runs: list[kernels.Run] = []
+    clocks: set[int] = set()
     summary: list[str] = []
     default = baseline or next((session["baseline"] for session in sessions if "baseline" in session), None)
     for folder in folders:
@@ -50,7 +52,9 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
             )
         for name in files:
             if name == "results.csv":
-                runs += map(kernels.Run.of, rows.read(folder / name))
+                lines = list(rows.read(folder / name))
+                runs += map(kernels.Run.of, lines)
+                clocks |= {int(float(line["clock_mhz"])) for line in lines if line["clock_mhz"]}
             elif name == "models.csv":
                 found += others.model_sections(list(rows.read(folder / name, models.COLUMNS)), default)
             else:
@@ -65,7 +69,7 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
         found = kernels.sections(results, ceilings) + found
     device = sessions[-1]["device"] if sessions else "unknown device"
     names = ", ".join(dict.fromkeys(session["plan"] for session in sessions)) or "results"
-    return Page(title or f"{names} on {device}", tuple(summary), (*found, _environment(sessions)))
+    return Page(title or f"{names} on {device}", tuple(summary), (*found, _environment(sessions, clocks)))
 
 
 def _check_baseline(folders: Sequence[Path], asked: str | None) -> None:
@@ -94,12 +98,22 @@ def _sessions(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _environment(sessions: Sequence[dict[str, Any]]) -> Section:
+def _environment(sessions: Sequence[dict[str, Any]], clocks: Collection[int]) -> Section:
     table_rows = []
     for name in _ENVIRONMENT:
-        values = list(dict.fromkeys(str(session[name]) for session in sessions if session.get(name) is not None))
+        values = list(dict.fromkeys(_shown(session[name]) for session in sessions if session.get(name) is not None))
         if values:
             table_rows.append((name, "; ".join(values)))
+    if clocks:
+        slowest, fastest = min(clocks), max(clocks)
+        between = f"{slowest} to {fastest}" if slowest < fastest else str(fastest)
+        table_rows.append(("clock of the GPU after a run", f"{between} MHz"))
     return Section(
         "Environment", (Table("environment", "Where it was measured", ("what", "value"), tuple(table_rows)),)
     )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {of_it}" for name, of_it in value.items())
+    return str(value)

@@ -47,16 +47,16 @@ def folder(tmp_path) -> Path:
                 else:
                     ms = times[index]
                     row |= {"status": "ok", "median_ms": ms, "low_ms": 0.9 * ms, "high_ms": 1.1 * ms}
-                    row |= {"error": 1e-3, "peak_mib": 8.0}
+                    row |= {"error": 1e-3, "peak_mib": 8.0, "clock_mhz": 1980 - 15 * index}
                 rows.append(path, row)
     session = {
         "device": "a device",
         "driver_version": "570.1",
-        "clocks.sm": "1980 MHz",
         "clocks.max.sm": "1981 MHz",
         "clocks.mem": "2619 MHz",
         "power.limit": "700 W",
         "commit": "abc",
+        "commits": {"naive": "abc", "fused@def": "def"},
         "plan": "mine",
         "baseline": "naive",
         "torch": "2.0",
@@ -178,12 +178,13 @@ def test_the_environment_says_device_driver_and_clocks(folder):
     assert found == {
         "device": "a device",
         "driver_version": "570.1",
-        "clocks.sm": "1980 MHz",
         "clocks.max.sm": "1981 MHz",
         "clocks.mem": "2619 MHz",
         "power.limit": "700 W",
         "commit": "abc",
+        "commits": "naive: abc, fused@def: def",
         "torch": "2.0",
+        "clock of the GPU after a run": "1965 to 1980 MHz",
     }
 
 
