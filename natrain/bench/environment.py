@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +37,7 @@ def commit_of_code() -> str:
 def environment(device: str) -> dict[str, Any]:
     """What a reader of a result needs to judge it, as JSON can hold it."""
     found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "device": device_name(device),
         "count": torch.cuda.device_count() if device == "cuda" else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cores": ",".join(map(str, cores())),
@@ -53,6 +55,17 @@ def environment(device: str) -> dict[str, Any]:
         fields = _said("nvidia-smi", f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader", "-i", "0")
         found |= dict(zip(_NVIDIA_SMI, (field.strip() for field in fields.split(",")), strict=False))
     return found
+
+
+def device_name(device: str) -> str:
+    """Of the current GPU or the processor."""
+    return torch.cuda.get_device_name() if device == "cuda" else processor()
+
+
+def add_session(out: Path, device: str, more: Mapping[str, Any]) -> None:
+    """A line of environment.jsonl in ``out``, beside the rows: where and how they are measured from now on."""
+    with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({**environment(device), **more}) + "\n")
 
 
 def typed() -> str:

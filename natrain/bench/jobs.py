@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from natrain.bench.environment import environment
+from natrain.bench.environment import device_name
 from natrain.errors import invalid
 from natrain.training.metrics import read_metrics
 
@@ -83,7 +83,10 @@ def run_job(job: Job) -> dict[str, Any]:
     """Train, in a process of its own; what a row says of it."""
     started = time.monotonic()
     done = subprocess.run(job.command(), capture_output=True, text=True)
-    found: dict[str, Any] = {"device": device_of(job.words), "seconds": f"{time.monotonic() - started:.1f}"}
+    found: dict[str, Any] = {
+        "device": device_name(computes_on(job.words)),
+        "seconds": f"{time.monotonic() - started:.1f}",
+    }
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         return {**found, "status": "failed", "reason": lines[-1] if lines else f"exit code {done.returncode}"}
@@ -98,12 +101,11 @@ def run_job(job: Job) -> dict[str, Any]:
     }
 
 
-def device_of(words: Sequence[str]) -> str:
-    """The device that ``natrain train`` with these words computes on, on this machine."""
+def computes_on(words: Sequence[str]) -> str:
+    """ "cuda" or "cpu": what ``natrain train`` with these words computes on, on this machine."""
     import torch
 
-    on_cpu = "trainer.accelerator=cpu" in words or not torch.cuda.is_available()
-    return environment("cpu" if on_cpu else "cuda")["device"]
+    return "cpu" if "trainer.accelerator=cpu" in words or not torch.cuda.is_available() else "cuda"
 
 
 def run_jobs(cluster: Cluster, jobs: Sequence[Job], out: Path) -> Iterable[tuple[Job, dict[str, Any]]]:

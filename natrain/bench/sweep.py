@@ -30,7 +30,7 @@ from natrain.bench.ahead import Ahead
 from natrain.bench.arms import Arm, find_arm
 from natrain.bench.case import WORDS, Case
 from natrain.bench.ceilings import copy_bytes_per_s, product_flops_per_s
-from natrain.bench.environment import commit_of_code, environment, typed
+from natrain.bench.environment import add_session, commit_of_code, device_name, typed
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import ArmSpec, Plan, parse_changes, read_plan
 from natrain.bench.run_case import MIN_RUNS, Outcome, Setup, close_calls, run_case
@@ -313,7 +313,6 @@ def _keep_environment(plan: Plan, options: Options) -> None:
     """The environment of each session beside the rows."""
     dtypes = sorted({case.dtype_name for case in plan.cases})
     note = {
-        **environment(options.device),
         "commit": options.commit or commit_of_code(),
         "command": options.command or typed(),
         "plan": plan.name,
@@ -323,8 +322,7 @@ def _keep_environment(plan: Plan, options: Options) -> None:
         "copy_bytes_per_s": copy_bytes_per_s(options.device),
         "product_flops_per_s": product_flops_per_s(options.device, dtypes),
     }
-    with open(options.out / "environment.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(note) + "\n")
+    add_session(options.out, options.device, note)
 
 
 def _named(spec: ArmSpec) -> Arm:
@@ -349,7 +347,7 @@ class _Writer:
             "timer": plan.timer if options.device == "cuda" else "wall",
             "cache": plan.cache,
             "threads": torch.get_num_threads() if options.device == "cpu" else None,
-            "device": environment(options.device)["device"],
+            "device": device_name(options.device),
             "torch": torch.__version__,
             "commit": options.commit or commit_of_code(),
             "session": secrets.token_hex(3),

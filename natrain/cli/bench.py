@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from natrain.bench.arms import find_arm
     from natrain.bench.case import WORDS, Case, meant
     from natrain.bench.ceilings import copy_bytes_per_s
-    from natrain.bench.environment import environment
+    from natrain.bench.environment import device_name
     from natrain.bench.one import heading, refusals, table, text_of
     from natrain.bench.run_case import Setup, close_calls, run_case
     from natrain.bench.sweep import checked_device
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     with computing_on(device, threads, "threads="):
         bytes_per_s = copy_bytes_per_s(device)
         outcomes = list(run_case(case, {arm: ("forward", "backward") for arm in arms}, setup))
-        print(heading(case, setup, bytes_per_s, environment(device)["device"]))
+        print(heading(case, setup, bytes_per_s, device_name(device)))
     print(text_of(table(case, sorted(outcomes, key=lambda o: names.index(o.arm)), bytes_per_s, device)))
     for line in refusals(outcomes):
         print(line)
