@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,11 +38,12 @@ from torch import nn
 from natrain.bench import rows
 from natrain.bench.arms import KernelArm
 from natrain.bench.case import DTYPES, Case
-from natrain.bench.environment import commit_of_code, environment
+from natrain.bench.environment import add_session, commit_of_code, device_name
 from natrain.bench.estimate import DIRECTIONS
 from natrain.bench.measure import Timing, measure
 from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
+from natrain.bench.plan import as_list, read_settings
 from natrain.bench.run_case import Setup, run_case
 from natrain.errors import invalid
 from natrain.models import list_models
@@ -100,14 +100,8 @@ def read_model_plan(path: Path, changes: Mapping[str, Any]) -> ModelPlan:
     Raises:
         ValueError: an unknown setting, model, kernel or precision.
     """
-    import yaml
-
-    text = path.read_text(encoding="utf-8")
-    found = {"img_size": None, "runs": 10, "baseline": None, **yaml.safe_load(text), **changes}
-    lists = {
-        name: found[name] if isinstance(found[name], list) else [found[name]]
-        for name in ("model", "kernels", "precision", "compile")
-    }
+    found = {"img_size": None, "runs": 10, "baseline": None, **read_settings(path), **changes}
+    lists = {name: as_list(found[name]) for name in ("model", "kernels", "precision", "compile")}
     known = {"kind", "model", "kernels", "precision", "compile", "batch", "img_size", "runs", "baseline"}
     for name in set(found) - known:
         raise invalid("setting", name, f"one of {', '.join(sorted(known - {'kind'}))}", "batch=64")
@@ -142,7 +136,7 @@ def read_model_plan(path: Path, changes: Mapping[str, Any]) -> ModelPlan:
         tuple(lists["precision"]),
         tuple(lists["compile"]),
         *measuring,
-        text,
+        path.read_text(encoding="utf-8"),
         hashlib.sha256(repr(measuring).encode()).hexdigest()[:12],
     )
 
@@ -181,8 +175,7 @@ def run_models(plan: ModelPlan, out: Path, device: str, options: Options | None 
         out.mkdir(parents=True, exist_ok=True)
         rows.start(path, COLUMNS)
         (out / "plan.yaml").write_text(plan.text, encoding="utf-8")
-        with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**environment(device), "baseline": plan.baseline, "plan": "models"}) + "\n")
+        add_session(out, device, {"baseline": plan.baseline, "plan": "models"})
     started = time.monotonic()
     # Compiled code counts by function, and all models share theirs: each contender is compiled for two modes and two
     # sizes. Past the limit a model would run eagerly under the name of a compiled one.
@@ -238,7 +231,7 @@ def _measure(
         common = {
             "plan": plan.digest,
             **setting,
-            "device": environment(device)["device"],
+            "device": device_name(device),
             "threads": torch.get_num_threads() if device == "cpu" else None,
             "torch": torch.__version__,
             "commit": commit_of_code(),

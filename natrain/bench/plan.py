@@ -128,11 +128,11 @@ def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mappin
         if key not in _DEFAULTS:
             names = [*_DEFAULTS, *WORDS]
             raise invalid("setting", key, f"one of {', '.join(names)}", f"{meant(key, names)}=...")
-    directions = _list(known["directions"])
+    directions = as_list(known["directions"])
     _check_measuring(known)
     if not directions or not set(map(str, directions)) <= set(DIRECTIONS):
         raise invalid("directions", known["directions"], f"some of {', '.join(DIRECTIONS)}", "directions=[forward]")
-    arms = tuple(_arm(entry) for entry in _list(known["kernels"]))
+    arms = tuple(_arm(entry) for entry in as_list(known["kernels"]))
     if not arms:
         raise invalid("kernels", known["kernels"], "names of contenders", "kernels=[naive,fused]")
     names = [arm.name for arm in arms]
@@ -199,7 +199,7 @@ def check_kernels(plan: Plan) -> None:
             find_arm(arm.kernel)
 
 
-def _list(value: Any) -> list:
+def as_list(value: Any) -> list:
     """One value stands for a list of it."""
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 

@@ -20,7 +20,6 @@ another comparison.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import statistics
 import time
@@ -34,10 +33,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from natrain.bench import rows
-from natrain.bench.environment import commit_of_code, environment
-from natrain.bench.jobs import Cluster, Job, need, run_jobs
+from natrain.bench.environment import add_session, commit_of_code
+from natrain.bench.jobs import Cluster, Job, computes_on, need, run_jobs
 from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
+from natrain.bench.plan import as_list, read_settings
 from natrain.bench.search import check_space, examples, run_search
 from natrain.data import build_datamodule
 from natrain.errors import invalid, nearest
@@ -114,13 +114,11 @@ def read_training_plan(path: Path, changes: Sequence[str], device: str | None = 
     Raises:
         ValueError: an unknown kernel, a value out of range, what a training would be told twice.
     """
-    import yaml
-
-    text = path.read_text(encoding="utf-8")
-    found = {**_DEFAULTS, **(yaml.safe_load(text) or {})}
+    found = {**_DEFAULTS, **read_settings(path)}
     for key in set(found) - set(_DEFAULTS):
         known = ", ".join(_DEFAULTS)
         raise invalid("setting", key, f"one of {known}", f"{nearest(str(key), _DEFAULTS) or 'seeds'}: ...")
+    found["kernels"] = as_list(found["kernels"])
     typed, words = _apply(found, changes, device)
     search = found["search"] or {}
     _refuse(words, search)
@@ -133,7 +131,7 @@ def read_training_plan(path: Path, changes: Sequence[str], device: str | None = 
         baseline,
         found["seeds"],
         tuple(words),
-        text,
+        path.read_text(encoding="utf-8"),
         hashlib.sha256("\0".join(fixed).encode()).hexdigest()[:12],
         search,
         found["trials"],
@@ -254,9 +252,7 @@ def run_training(
     rows.start(path, COLUMNS)
     (out / "plan.yaml").write_text(plan.text, encoding="utf-8")
     if count:
-        device = "cuda" if torch.cuda.is_available() and "trainer.accelerator=cpu" not in plan.settings else "cpu"
-        with open(out / "environment.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({**environment(device), "baseline": plan.baseline, "plan": "training"}) + "\n")
+        add_session(out, computes_on(plan.settings), {"baseline": plan.baseline, "plan": "training"})
     progress = _Progress(count, width, options.time_limit_s, each_s)
 
     def record(job: Job, result: Mapping[str, Any]) -> None:

@@ -500,3 +500,8 @@ def test_a_killed_trial_is_trained_again_where_it_was(tmp_path, trained, monkeyp
 def test_bad_training_plans(words, message):
     with pytest.raises(ValueError, match=message):
         read_training_plan(TRAINING, words)
+
+
+def test_one_kernel_of_a_yaml_stands_for_a_list(tmp_path):
+    (tmp_path / "mine.yaml").write_text("kind: training\nkernels: cpu\nsettings: [model=nat_digits]\n")
+    assert read_training_plan(tmp_path / "mine.yaml", []).kernels == ("cpu",)
