@@ -1,209 +1,27 @@
-"""Whole models and short trainings: what their rows say, and their statistics."""
+"""Short trainings and searches: what trains, what their rows say, and their statistics."""
 
 from __future__ import annotations
 
-import csv
 import math
 import random
-import time
-from pathlib import Path
 
 import pytest
-import timm
-import torch
 
 from natrain.bench import jobs, models
 from natrain.bench.jobs import Job
-from natrain.bench.models import COLUMNS, read_model_plan, run_models
-from natrain.bench.options import Options
-from natrain.bench.training import comparison, paired_interval, read_training_plan, run_training
+from natrain.bench.rows import read as read_rows
+from natrain.bench.training import COLUMNS, comparison, paired_interval, read_training_plan, run_training
 from natrain.cli import main
 from natrain.cli.compose import compose_config
 from natrain.cli.settings import config_folder
-from natrain.layers.attention import NeighborhoodAttention2d
-from natrain.ops import registry
-from natrain.ops.cpu import CpuKernel
 
-MODELS, TRAINING, SEARCH = (config_folder() / "ablation" / f"{name}.yaml" for name in ("models", "training", "search"))
+TRAINING, SEARCH = (config_folder() / "ablation" / f"{name}.yaml" for name in ("training", "search"))
 # Two steps of the small model on the digits.
 TINY = [
     "model=nat_digits", "data=digits", "recipe=digits", "global_batch=8", "data.workers=0", "trainer.accelerator=cpu",
     "trainer.max_steps=2", "trainer.limit_val_batches=1", "trainer.progress_bar=false", "schedule.warmup_epochs=0",
     "schedule.epochs=1", "schedule.cooldown_epochs=0", "trainer.log_every_steps=1",
 ]  # fmt: skip
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_models_in_both_modes_with_their_drift(tmp_path, capsys):
-    changes = {
-        "model": "nat_digits",
-        "kernels": ["cpu", "reference", "naive"],
-        "precision": "fp32",
-        "compile": False,
-        "batch": 2,
-        "runs": 3,
-    }
-    plan = read_model_plan(MODELS, changes)
-    assert run_models(plan, tmp_path, "cpu") == 1  # naive has no CPU
-    found = {(row["kernel"], row["mode"]): row for row in table(tmp_path / "models.csv")}
-    assert len(found) == 6
-    for mode in ("inference", "training"):
-        assert found["naive", mode]["status"] == "failed" and "device cpu" in found["naive", mode]["reason"]
-        row, other = found["cpu", mode], found["reference", mode]
-        assert float(row["low"]) <= float(row["images_per_s"]) <= float(row["high"])
-        assert float(row["step_ms"]) == pytest.approx(2e3 / float(row["images_per_s"]), rel=1e-3)
-        assert 0 < float(row["attention_share"]) < 1
-        assert 0 <= float(row["drift"]) < 1e-5 and float(other["drift"]) == 0
-    assert tuple(row) == COLUMNS
-    assert run_models(plan, tmp_path, "cpu") == 1
-    assert "6 runs in all, 0 to measure" in capsys.readouterr().out
-
-
-SMALL = {"model": "nat_digits", "precision": "fp32", "compile": False, "batch": 2, "runs": 3}
-
-
-def measured(tmp_path, code=0, **changes) -> dict[tuple[str, str], dict[str, str]]:
-    assert run_models(read_model_plan(MODELS, {**SMALL, **changes}), tmp_path, "cpu") == code
-    return {(row["kernel"], row["mode"]): row for row in table(tmp_path / "models.csv")}
-
-
-class _Off(CpuKernel):
-    """An output by a factor too large, after a sleep; the gradients are right, after a sleep."""
-
-    name, summary = "off", "wrong and slow"
-    factor, sleep_s = 1.0, 0.0
-
-    def forward(self, *arguments):
-        out, lse = super().forward(*arguments)
-        time.sleep(self.sleep_s)
-        return out * self.factor, lse
-
-    def backward(self, *arguments):
-        time.sleep(self.sleep_s)
-        return super().backward(*arguments)
-
-
-@pytest.fixture
-def off(monkeypatch) -> _Off:
-    registry.kernels()
-    monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
-    yield registry.register(_Off())
-    registry._choose_cached.cache_clear()
-
-
-def by_hand(kernel: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the losses of ten steps, of the small model on the same two images."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, 1, 8, 8, generator=generator)
-    labels = torch.randint(10, (2,), generator=generator)
-    torch.manual_seed(0)
-    model = timm.create_model("nat_digits", num_classes=10, kernel=kernel)
-    with torch.no_grad():
-        logits = model.eval()(images).double()
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-4), []
-    model.train()
-    torch.manual_seed(1)
-    for _ in range(10):
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return logits, torch.tensor(losses, dtype=torch.float64)
-
-
-def test_the_drift_of_a_wrong_kernel_is_that_found_by_hand(tmp_path, off):
-    off.factor = 1.2
-    found = measured(tmp_path, kernels=["off"])
-    (logits, losses), (true_logits, true_losses) = by_hand("off"), by_hand("reference")
-    expected = {
-        "inference": ((logits - true_logits).norm() / true_logits.norm()).item(),
-        "training": ((losses - true_losses).abs() / true_losses).max().item(),
-    }
-    for mode, drift in expected.items():
-        assert drift > 1e-4 and float(found["off", mode]["drift"]) == pytest.approx(drift, rel=0.02)
-
-
-def test_the_drift_of_a_compiled_model_is_that_of_its_compiled_code(tmp_path, monkeypatch):
-    """A compiler that makes every output ten times as large."""
-
-    class Compiled:
-        def __init__(self, model, **_):
-            self.model = model
-
-        def __call__(self, images):
-            return 10 * self.model(images)
-
-    monkeypatch.setattr(torch, "compile", Compiled)
-    found = measured(tmp_path, kernels=["cpu"], compile=True)
-    assert float(found["cpu", "inference"]["drift"]) == pytest.approx(9, rel=1e-3)
-    assert float(found["cpu", "training"]["drift"]) > 0.1
-
-
-def test_the_share_of_attention_is_what_the_kernel_takes(tmp_path, off):
-    """Every layer sleeps 20 ms forward and 20 ms backward; the rest of a step takes a few milliseconds."""
-    off.sleep_s = 0.02
-    found = measured(tmp_path, kernels=["off", "cpu"])
-    layers = sum(isinstance(module, NeighborhoodAttention2d) for module in timm.create_model("nat_digits").modules())
-    for mode, passes in (("inference", 1), ("training", 2)):
-        row = found["off", mode]
-        slept = passes * layers * 20 / float(row["step_ms"])
-        assert slept > 0.6 and slept <= float(row["attention_share"]) < min(1.05, slept + 0.2)
-        assert float(found["cpu", mode]["attention_share"]) < 0.7 * float(row["attention_share"])
-
-
-def test_more_kernels_and_failed_ones_add_to_a_folder(tmp_path, capsys):
-    assert set(measured(tmp_path, kernels=["cpu"])) == {("cpu", "inference"), ("cpu", "training")}
-    assert len(measured(tmp_path, code=1, kernels=["cpu", "naive"])) == 4
-    assert "4 runs in all, 2 to measure" in capsys.readouterr().out
-    plan = read_model_plan(MODELS, {**SMALL, "kernels": ["naive"]})
-    assert run_models(plan, tmp_path, "cpu") == 1 and run_models(plan, tmp_path, "cpu", Options(retry_failed=True)) == 1
-    said = capsys.readouterr().out
-    assert "2 runs in all, 0 to measure" in said and "2 runs in all, 2 to measure" in said
-    with pytest.raises(ValueError, match="same batch, img_size and runs"):
-        run_models(read_model_plan(MODELS, {**SMALL, "batch": 3}), tmp_path, "cpu")
-    plan = read_model_plan(MODELS, {**SMALL, "kernels": ["reference"]})
-    assert run_models(plan, tmp_path, "cpu", Options(time_limit_s=0.01)) == 3
-    assert "1 settings are left" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["runs=0"], "runs=0 is not allowed: expected a whole number >= 3"),
-        (["batch=0"], "batch=64"),
-        (["img_size=big"], "img_size=224"),
-        (["compile=maybe"], "compile=[false,true]"),
-        (["kernels=cpu", "baseline=naive"], "baseline=cpu"),
-        (["--only", "model=nat_tiny"], "--only=['model=nat_tiny'] is not allowed"),
-        (["--arms", "cpu"], "kernels=naive,fused"),
-        (["--chunk", "1"], "--chunk=1 is not allowed"),
-        (["--threads", "0"], "--threads 2"),
-        (["devices=2"], "CUDA_VISIBLE_DEVICES=1"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(words, message, tmp_path, capsys):
-    assert main(["ablate", "ablation=models", f"out={tmp_path}/out", "device=cpu", *words]) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model": "nat_tyny"}, "model="),
-        ({"kernels": "niave"}, "naive"),
-        ({"precision": "tf32"}, "bf16"),
-        ({"x": 1}, "x"),
-    ],
-)
-def test_bad_model_plans(changes, message):
-    with pytest.raises(ValueError, match=message):
-        read_model_plan(MODELS, changes)
 
 
 def test_the_interval_holds_the_true_difference_about_95_times_in_100():
@@ -236,7 +54,7 @@ def test_comparison_pairs_by_seed():
 def test_trainings_of_two_kernels(tmp_path, capsys):
     words = [f"ablation={TRAINING}", "kernels=cpu,reference", "seeds=2", f"out={tmp_path}", *TINY]
     assert main(["ablate", *words]) == 0
-    found = table(tmp_path / "training.csv")
+    found = list(read_rows(tmp_path / "training.csv", COLUMNS))
     assert [(row["kernel"], row["seed"], row["status"]) for row in found] == [
         ("cpu", "0", "ok"), ("reference", "0", "ok"), ("cpu", "1", "ok"), ("reference", "1", "ok"),
     ]  # fmt: skip
@@ -252,7 +70,7 @@ def test_optuna_searches_and_goes_on(tmp_path, capsys):
     pytest.importorskip("optuna")
     words = [f"ablation={SEARCH}", "kernels=cpu", f"out={tmp_path}", *TINY]
     assert main(["ablate", *words, "trials=2"]) == 0
-    found = table(tmp_path / "training.csv")
+    found = list(read_rows(tmp_path / "training.csv", COLUMNS))
     assert [row["trial"] for row in found] == ["0", "1"]
     rates = [float(row["settings"].partition("optim.lr=")[2].split()[0]) for row in found]
     assert len(set(rates)) == 2 and all(1e-4 <= rate <= 4e-3 for rate in rates)
@@ -266,7 +84,7 @@ def test_a_failed_training_is_a_row_and_jobs_run_on_submitit(tmp_path):
     pytest.importorskip("submitit")
     bad = ["kernels=cpu,naive", "seeds=1", "cluster=local", "parallel=2"]
     assert main(["ablate", f"ablation={TRAINING}", *bad, f"out={tmp_path}", *TINY]) == 1  # of naive
-    found = {row["kernel"]: row for row in table(tmp_path / "training.csv")}
+    found = {row["kernel"]: row for row in list(read_rows(tmp_path / "training.csv", COLUMNS))}
     assert found["cpu"]["status"] == "ok"
     assert found["naive"]["status"] == "failed" and "device cpu" in found["naive"]["reason"]
     assert list((tmp_path / "jobs").glob("*_submitted.pkl"))
@@ -309,7 +127,7 @@ def test_a_searched_kernel_and_seed_are_those_that_train(tmp_path, trained, caps
     path = tmp_path / "mine.yaml"
     path.write_text(SPACE)
     assert run_training(read_training_plan(path, []), tmp_path / "out", compose_config) == 0
-    found = table(tmp_path / "out" / "training.csv")
+    found = list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))
     told = [[word for word in command if word.startswith(("kernel=", "seed="))] for command in trained]
     assert [[f"kernel={row['kernel']}", f"seed={row['seed']}"] for row in found] == told
     assert {row["seed"] for row in found} <= {"1", "2"} and len(found) == 4
@@ -324,7 +142,7 @@ def test_a_typed_kernel_and_seed_of_a_search_are_those_that_train(tmp_path, trai
     path.write_text(SPACE.replace("{kernel: [cpu, reference], seed: [1, 2]}", "{optim.weight_decay: [0.1, 0.2]}"))
     plan = read_training_plan(path, ["kernel=reference", "seed=7", "trials=1"])
     assert run_training(plan, tmp_path / "out", compose_config) == 0
-    (command,), (row,) = trained, table(tmp_path / "out" / "training.csv")
+    (command,), (row,) = trained, list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))
     assert [word for word in command if word.startswith(("kernel=", "seed="))] == ["kernel=reference", "seed=7"]
     assert (row["kernel"], row["seed"]) == ("reference", "7")
     assert row["settings"].startswith("model=nat_digits data=digits recipe=digits optim.lr=1e-3 optim.weight_decay=0.")
@@ -359,7 +177,7 @@ def test_more_seeds_and_kernels_add_to_a_folder(tmp_path, trained, ablate, capsy
     said = capsys.readouterr().out
     assert "2 trainings in all, 1 to run, about" in said and "4 trainings in all, 2 to run, about" in said
     assert "1 left, about" in said
-    found = [(row["kernel"], row["seed"]) for row in table(tmp_path / "out" / "training.csv")]
+    found = [(row["kernel"], row["seed"]) for row in list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))]
     assert found == [("cpu", "0"), ("cpu", "1"), ("reference", "0"), ("reference", "1")] and len(trained) == 4
     assert ablate("optim.lr=1e-4") == 2
     assert "same settings" in capsys.readouterr().err and len(trained) == 4
@@ -373,7 +191,7 @@ def test_failed_trainings_are_run_again_when_asked(tmp_path, trained, ablate, mo
     assert "1 trainings in all, 0 to run" in capsys.readouterr().out
     monkeypatch.setattr(jobs, "run_job", works)
     assert ablate("--retry-failed") == 0
-    assert [row["status"] for row in table(tmp_path / "out" / "training.csv")] == ["failed", "ok"]
+    assert [row["status"] for row in list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))] == ["failed", "ok"]
     assert ablate("--retry-failed") == 0 and len(trained) == 1
 
 
@@ -413,7 +231,7 @@ def test_what_cannot_be_trained_is_refused_before_the_first_training(words, mess
 def test_the_device_that_is_asked_for_trains(tmp_path, trained, ablate):
     assert ablate("device=cpu") == 0
     assert "trainer.accelerator=cpu" in trained[0]
-    assert "trainer.accelerator=cpu" in table(tmp_path / "out" / "training.csv")[0]["settings"]
+    assert "trainer.accelerator=cpu" in list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))[0]["settings"]
 
 
 def test_options_of_a_cluster_are_typed(tmp_path):
@@ -441,7 +259,7 @@ def test_more_trials_are_not_the_first_ones_again(tmp_path, trained):
     for trials in (1, 2, 3):
         words = [f"ablation={path}", f"out={tmp_path}/out", f"trials={trials}"]
         assert main(["ablate", *words]) == 0
-    found = table(tmp_path / "out" / "training.csv")
+    found = list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))
     assert [row["run"] for row in found] == ["trial-0", "trial-1", "trial-2"]
     assert len({row["settings"] for row in found}) == 3
 
@@ -475,7 +293,7 @@ def test_a_killed_trial_is_trained_again_where_it_was(tmp_path, trained, monkeyp
     assert main(words) == 130
     assert main(words) == 0
     assert len(trained) == 4 and trained[1] == trained[2]
-    found = table(tmp_path / "out" / "training.csv")
+    found = list(read_rows(tmp_path / "out" / "training.csv", COLUMNS))
     assert [row["run"] for row in found] == ["trial-0", "trial-1", "trial-3"]
     (name,) = optuna.get_all_study_names(f"sqlite:///{tmp_path}/out/optuna.db")
     study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/out/optuna.db")
