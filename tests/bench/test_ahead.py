@@ -52,7 +52,8 @@ def test_peers_and_what_a_kernel_cannot_do_need_nothing(built):
 def device(built, monkeypatch):
     """A sweep "on cuda" whose measurements take no time and whose compilations take 10 s of processor time each."""
     monkeypatch.setattr(ahead.Ahead, "seconds", lambda self, pairs: 10.0 * len(self.missing(pairs)))
-    monkeypatch.setattr(sweep, "environment", lambda _: {"device": "mock"})
+    monkeypatch.setattr(sweep, "device_name", lambda _: "mock")
+    monkeypatch.setattr(sweep, "add_session", lambda *_: None)
     monkeypatch.setattr(sweep, "copy_bytes_per_s", lambda _: 1e12)
     monkeypatch.setattr(sweep, "product_flops_per_s", lambda *_: {})
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
