@@ -247,14 +247,16 @@ class Stream {
   }
 };
 
-// Until the stage that comes next is there for all. A single stage is fetched here, where other blocks hide the wait; of
-// more, one is fetched after this.
-__device__ __forceinline__ void next_stage(Stream& stream) {
+// Until the stage that comes next, at `stage_at` of shared memory, is there for all. A single stage is fetched here, where
+// other blocks hide the wait; of more, one is fetched after this.
+__device__ __forceinline__ void next_stage(Stream& stream, unsigned char* stage_at) {
   if (STAGES == 1) {
     __syncthreads();
     stream.fetch();
   }
   cp_async_wait<STAGES == 1 ? 0 : STAGES - 2>();
+  round_columns<HEAD_DIM>(stage_at);
+  round_columns<VALUE_DIM>(stage_at + COLUMNS_1_BYTES);
   // What this thread fetched is there; now what all fetched, and nobody reads the stage that is fetched next.
   __syncthreads();
 }

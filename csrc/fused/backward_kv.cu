@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   bool may_attend[2] = {true, true};  // to keys g and g + 8
   int stage = 0, rows_buffer = 0;
   for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
-    next_stage(stream);
+    next_stage(stream, bytes + stage * STAGE_BYTES);
     of_query.head = tile.head * heads_per_kv(g) + place.member;
     if (HAS_RPB && IS_GROUPED && place.is_first()) {
       StartTable::fill(bytes + TABLE_AT, of_query, bias_of_head(args.rpb, of_query), scale.per_scale);

@@ -114,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   float lse[2], delta[2];  // of rows g and g + 8
   int stage = 0, rows_buffer = 0;
   for (Place place(tile); place.image < g.batch; place.advance(tile, g)) {
-    next_stage(stream);
+    next_stage(stream, bytes + stage * STAGE_BYTES);
     if (STAGES > 1) stream.fetch();
     const unsigned stage_at = stage * STAGE_BYTES, rows_at = Stream::rows_at(rows_buffer);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
@@ -123,12 +123,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     if (!tile.is_active) continue;
 
     if (place.is_first()) {
+      // Of d_out as it is, before its rows are rounded.
+      float row_delta = half_product(bytes + rows_at + ROWS_1_BYTES, bytes + rows_at + ROWS_1_BYTES + ROWS_2_BYTES);
       q.load(shared, rows_at, scale.flip);
       d_out.load(shared, rows_at + ROWS_1_BYTES);
 #pragma unroll
       for (int i = 0; i < HEAD_DIM / 2; ++i) d_q[i / 4][i % 4] = 0;
       float row_lse = next_lse * LOG2_E;
-      float row_delta = half_product(bytes + rows_at + ROWS_1_BYTES, bytes + rows_at + ROWS_1_BYTES + ROWS_2_BYTES);
       if (args.d_lse) row_delta -= args.d_lse[row_at];
       row_at += g.splits * tokens * g.heads;
       if (place.image + g.splits < g.batch) next_lse = args.lse[row_at];

@@ -271,9 +271,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       stream.fetch();
     }
     cp_async_wait<STAGES == 1 ? 0 : STAGES - 2>();
+    const unsigned at = stage * COLUMN_BYTES;
+    round_columns<HEAD_DIM>(bytes + at);
+    round_columns<VALUE_DIM>(bytes + at + K_BYTES);
     __syncthreads();
     if (STAGES > 1) stream.fetch();
-    const unsigned at = stage * COLUMN_BYTES;
     stage = stage + 1 == STAGES ? 0 : stage + 1;
     return at;
   };

@@ -3,6 +3,8 @@
 // of n8 block i is row g + 8 * (j / 2), column 2t + j % 2, g = lane / 4, t = lane % 4.
 //
 // float32 multiplies in TF32, or with NATRAIN_TF32_TERMS 3 as big * big + big * small + small * big, which keeps 21 bits.
+// Factors are rounded to TF32 once: columns where they lie (halo.cuh), rows as they are loaded, weights before they are
+// multiplied.
 #pragma once
 
 #include "halo.cuh"
@@ -32,10 +34,10 @@ struct Multiply<float> {
     }
   }
   static __device__ __forceinline__ void add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if NATRAIN_TF32_TERMS == 3
     unsigned a_big[4], a_small[4], b_big[2], b_small[2];
     split(a, a_big, a_small);
     split(b, b_big, b_small);
-#if NATRAIN_TF32_TERMS == 3
     // Tensor cores cut their sums off instead of rounding them, so that long ones stay outside.
     float part[4] = {};
     mma_m16n8k8_tf32(part, a_small, b_big);
@@ -44,10 +46,13 @@ struct Multiply<float> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += part[i];
 #else
-    mma_m16n8k8_tf32(d, a_big, b_big);
+    mma_m16n8k8_tf32(d, a, b);
 #endif
   }
 };
+
+// A weight as a factor of Multiply<float>.
+__device__ __forceinline__ unsigned factor(float weight) { return IS_ROUNDED ? to_tf32(weight) : __float_as_uint(weight); }
 
 // Where lane `piece` of a fragment lies, from where piece 0 lies: permuted in the lower three bits, linear above.
 template <int DIM>
@@ -79,14 +84,22 @@ class Rows {
   }
 
  public:
-  // `offset`: of row 0. `flip_bits` of every word are flipped: a factor of -1 where they are the signs.
+  // `offset`: of row 0. `flip_bits` of every word are flipped: a factor of -1 where they are the signs. All lanes of the
+  // warp call; where rows are not held they are rounded in place.
   __device__ __forceinline__ void load(const Shared& shared, unsigned offset, unsigned flip_bits = 0) {
     const int lane = threadIdx.x % 32, row = lane % 16;
     address = shared.address + offset + RowFormat<DIM>::at(row, lane / 16);
     flip = flip_bits;
     if constexpr (HELD) {
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) read(step, held[step]);
+      for (int step = 0; step < STEPS; ++step) {
+        read(step, held[step]);
+        if constexpr (IS_ROUNDED) round_to_tf32(held[step]);
+      }
+    } else if constexpr (IS_ROUNDED) {
+#pragma unroll
+      for (int i = lane; i < 16 * PIECES; i += 32) round_piece(shared.bytes + offset + RowFormat<DIM>::at(i / PIECES, i % PIECES));
+      __syncwarp();
     }
   }
 
@@ -172,8 +185,7 @@ class SumColumns {
       // fragment of scores is one of weights without a shuffle.
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const unsigned a[4] = {__float_as_uint(weights[i][0]), __float_as_uint(weights[i][2]),
-                               __float_as_uint(weights[i][1]), __float_as_uint(weights[i][3])};
+        const unsigned a[4] = {factor(weights[i][0]), factor(weights[i][2]), factor(weights[i][1]), factor(weights[i][3])};
         const unsigned char* even = pointer + bytes + i * SECOND_BLOCK<DIM>;
         // And any order of components: four blocks are the four words of a piece a lane, which put_rows() undoes.
 #pragma unroll
