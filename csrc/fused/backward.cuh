@@ -7,6 +7,7 @@
 // With dropout P in dV and dP carry the mask and its factor.
 #pragma once
 
+#define NATRAIN_COLUMN_USES 2  // scores and sums take the same columns
 #include "start.cuh"
 
 namespace natrain {
@@ -30,6 +31,11 @@ struct Arguments {
 };
 
 constexpr int STAGES = NATRAIN_STAGES;
+// Groups of columns that are computed without a branch in between, so that one does not wait for what another waits for:
+// where loops over chunks, or the sums of the bias gradient, leave the registers for it.
+constexpr int MOST_REGISTERS = 65536 / (THREADS * NATRAIN_MIN_BLOCKS);
+constexpr int AT_ONCE = RESIDENT && MOST_REGISTERS >= (ROWS_ARE_KEYS ? 168 : 192) ? 2 : 1;
+static_assert(AT_ONCE <= 2);
 constexpr bool HAS_DROPOUT = NATRAIN_HAS_DROPOUT, HAS_KEY_MASK = NATRAIN_HAS_KEY_MASK;
 // Several heads of q share one of k and v.
 constexpr bool IS_GROUPED = NATRAIN_IS_GROUPED;
@@ -290,6 +296,14 @@ __device__ __forceinline__ int slot_of(const Tile& tile, const int (&query)[3], 
     slot = slot * kernel_size(axis) + key[axis] -
            window_start(query[axis], tile.length[axis], kernel_size(axis), window_stride(axis), is_causal(axis));
   return slot;
+}
+
+// Calls visit(u, i) for the groups u = first + i that are computed at once.
+template <class Visit>
+__device__ __forceinline__ void for_each_at_once(int first, Visit visit) {
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i)
+    if (first + i < GROUPS) visit(first + i, i);
 }
 
 // No row of the warp's tile has a column in group u of the step at `z`, `y`, `x` of the halo.

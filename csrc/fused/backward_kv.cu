@@ -108,41 +108,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
                                  x_in_chunk + lane % 4 * 2;
       const LaneColumns columns{tile.halo_first[0] + z, tile.halo_first[1] + y, tile.halo_first[2] + x};
 #pragma unroll
-      for (int u = 0; u < GROUPS; ++u) {
-        if (start.is_empty(u) || is_past(tile, z, y, x, u)) continue;
-        float scores[2][4], d_probs[2][4];
-        float2 of_column[2][2];  // lse and delta
+      for (int first = 0; first < GROUPS; first += AT_ONCE) {
+        const auto is_idle = [&](int u) { return start.is_empty(u) || is_past(tile, z, y, x, u); };
+        if (is_idle(first) && (AT_ONCE == 1 || first + 1 >= GROUPS || is_idle(first + 1))) continue;
+        float all_scores[AT_ONCE][2][4], all_d_probs[AT_ONCE][2][4];
+        float2 of_columns[AT_ONCE][2][2];  // lse and delta
+        for_each_at_once(first, [&](int u, int i) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          of_column[i / 2][i % 2] = statistics[group_tokens(u) + i / 2 * (PAIRS_OF_LINES ? chunk(2) : 8) + i % 2];
-        start.load(shared, u, scores);
-        k.multiply(scores, q_columns, group_bytes<HEAD_DIM>(u));
+          for (int j = 0; j < 4; ++j)
+            of_columns[i][j / 2][j % 2] = statistics[group_tokens(u) + j / 2 * (PAIRS_OF_LINES ? chunk(2) : 8) + j % 2];
+          start.load(shared, u, all_scores[i]);
+        });
+        for_each_at_once(first, [&](int u, int i) { k.multiply(all_scores[i], q_columns, group_bytes<HEAD_DIM>(u)); });
+        for_each_at_once(first, [&](int u, int i) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) d_probs[i / 4][i % 4] = HAS_DROPOUT ? 0 : -of_column[i / 4][i % 2].y;
-        if constexpr (HAS_D_K) v.multiply(d_probs, d_out_columns, group_bytes<VALUE_DIM>(u));
+          for (int j = 0; j < 8; ++j) all_d_probs[i][j / 4][j % 4] = HAS_DROPOUT ? 0 : -of_columns[i][j / 4][j % 2].y;
+          if constexpr (HAS_D_K) v.multiply(all_d_probs[i], d_out_columns, group_bytes<VALUE_DIM>(u));
+        });
+        for_each_at_once(first, [&](int u, int i) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const float2 column = of_column[i / 4][i % 2];
-          float& p = scores[i / 4][i % 4];
-          float& d_score = d_probs[i / 4][i % 4];
-          p = exp2_approx(fmaf(p, scale.exponent, -column.x));
-          if (HAS_KEY_MASK && !may_attend[i % 4 / 2]) p = 0;
-          if constexpr (HAS_DROPOUT) {
-            int query[3];
-            columns.locate(u, i, query);
-            const int r = lane / 4 + i % 4 / 2 * 8;
-            const int key[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
-            const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads * heads_per_kv(g), of_query.head,
-                                                         token_of(tile, g, query)));
-            const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
-            d_score = p * ((kept ? d_score * args.keep_scale : 0) - column.y);
-            p = kept ? p : 0;
-          } else {
-            d_score *= p;
+          for (int j = 0; j < 8; ++j) {
+            const float2 column = of_columns[i][j / 4][j % 2];
+            float& p = all_scores[i][j / 4][j % 4];
+            float& d_score = all_d_probs[i][j / 4][j % 4];
+            p = exp2_approx(fmaf(p, scale.exponent, -column.x));
+            if (HAS_KEY_MASK && !may_attend[j % 4 / 2]) p = 0;
+            if constexpr (HAS_DROPOUT) {
+              int query[3];
+              columns.locate(u, j, query);
+              const int r = lane / 4 + j % 4 / 2 * 8;
+              const int key[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
+              const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads * heads_per_kv(g), of_query.head,
+                                                           token_of(tile, g, query)));
+              const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
+              d_score = p * ((kept ? d_score * args.keep_scale : 0) - column.y);
+              p = kept ? p : 0;
+            } else {
+              d_score *= p;
+            }
           }
-        }
-        if constexpr (HAS_D_V) d_out.add(d_v, scores, group_bytes<VALUE_DIM>(u));
-        if constexpr (HAS_D_K) q.add(d_k, d_probs, group_bytes<HEAD_DIM>(u));
+        });
+        for_each_at_once(first, [&](int u, int i) {
+          if constexpr (HAS_D_V) d_out.add(d_v, all_scores[i], group_bytes<VALUE_DIM>(u));
+          if constexpr (HAS_D_K) q.add(d_k, all_d_probs[i], group_bytes<HEAD_DIM>(u));
+        });
       }
     });
 

@@ -155,40 +155,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       const SumColumns<HEAD_DIM> k(shared, k_line, x_in_chunk);
       const LaneColumns columns{tile.halo_first[0] + z, tile.halo_first[1] + y, tile.halo_first[2] + x};
 #pragma unroll
-      for (int u = 0; u < GROUPS; ++u) {
-        if (start.is_empty(u) || is_past(tile, z, y, x, u)) continue;
-        float scores[2][4], d_probs[2][4];
-        start.load(shared, u, scores);
-        q.multiply(scores, k_columns, group_bytes<HEAD_DIM>(u));
+      for (int first = 0; first < GROUPS; first += AT_ONCE) {
+        const auto is_idle = [&](int u) { return start.is_empty(u) || is_past(tile, z, y, x, u); };
+        if (is_idle(first) && (AT_ONCE == 1 || first + 1 >= GROUPS || is_idle(first + 1))) continue;
+        float all_scores[AT_ONCE][2][4], all_d_probs[AT_ONCE][2][4];
+        for_each_at_once(first, [&](int u, int i) {
+          start.load(shared, u, all_scores[i]);
+          q.multiply(all_scores[i], k_columns, group_bytes<HEAD_DIM>(u));
+        });
+        for_each_at_once(first, [&](int u, int i) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) d_probs[i / 4][i % 4] = HAS_DROPOUT ? 0 : -delta[i % 4 / 2];
-        d_out.multiply(d_probs, v_columns, group_bytes<VALUE_DIM>(u));
+          for (int j = 0; j < 8; ++j) all_d_probs[i][j / 4][j % 4] = HAS_DROPOUT ? 0 : -delta[j % 4 / 2];
+          d_out.multiply(all_d_probs[i], v_columns, group_bytes<VALUE_DIM>(u));
+        });
+        for_each_at_once(first, [&](int u, int i) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          float& d_score = scores[i / 4][i % 4];
-          float d_prob = d_probs[i / 4][i % 4];
-          float p = exp2_approx(fmaf(d_score, scale.exponent, -lse[i % 4 / 2]));
-          if constexpr (HAS_KEY_MASK || HAS_DROPOUT) {
-            int key[3];
-            columns.locate(u, i, key);
-            if (HAS_KEY_MASK && !__ldg(args.key_mask + place.image * tokens + token_of(tile, g, key))) p = 0;
-            if (HAS_DROPOUT) {
-              const int r = lane / 4 + i % 4 / 2 * 8;
-              const int query[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
-              const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads, tile.head, tile.row_token(g, r)));
-              const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
-              d_prob = (kept ? d_prob * args.keep_scale : 0) - delta[i % 4 / 2];
+          for (int j = 0; j < 8; ++j) {
+            float& d_score = all_scores[i][j / 4][j % 4];
+            float d_prob = all_d_probs[i][j / 4][j % 4];
+            float p = exp2_approx(fmaf(d_score, scale.exponent, -lse[j % 4 / 2]));
+            if constexpr (HAS_KEY_MASK || HAS_DROPOUT) {
+              int key[3];
+              columns.locate(u, j, key);
+              if (HAS_KEY_MASK && !__ldg(args.key_mask + place.image * tokens + token_of(tile, g, key))) p = 0;
+              if (HAS_DROPOUT) {
+                const int r = lane / 4 + j % 4 / 2 * 8;
+                const int query[3] = {tile.row(0, r), tile.row(1, r), tile.row(2, r)};
+                const DropoutRow row(*args.seed, dropout_row(g, place.image, g.heads, tile.head, tile.row_token(g, r)));
+                const bool kept = row.keeps(slot_of(tile, query, key), args.drop_threshold);
+                d_prob = (kept ? d_prob * args.keep_scale : 0) - delta[j % 4 / 2];
+              }
             }
+            d_score = p * d_prob;
           }
-          d_score = p * d_prob;
-        }
-        k.add(d_q, scores, group_bytes<HEAD_DIM>(u));
-        if constexpr (BIAS_GRAD && BIAS_HELD) {
+        });
+        for_each_at_once(first, [&](int u, int i) {
+          k.add(d_q, all_scores[i], group_bytes<HEAD_DIM>(u));
+          if constexpr (BIAS_GRAD && BIAS_HELD) {
 #pragma unroll
-          for (int i = 0; i < 8; ++i) d_bias[u][i / 4][i % 4] += scores[i / 4][i % 4];
-        } else if constexpr (BIAS_GRAD) {
-          add_diagonals(scores, tile, z, y, x, u, matrix, table);
-        }
+            for (int j = 0; j < 8; ++j) d_bias[u][j / 4][j % 4] += all_scores[i][j / 4][j % 4];
+          } else if constexpr (BIAS_GRAD) {
+            add_diagonals(all_scores[i], tile, z, y, x, u, matrix, table);
+          }
+        });
       }
     });
 

@@ -3,6 +3,7 @@
 // A block keeps one head, dilation group and tile and goes over images; while it computes one stage of shared memory the
 // next is fetched. Small windows: all scores of a tile are in registers at once. Large ones: the halo comes in chunks, and
 // maximum and sum are carried from step to step (online softmax, arXiv 1805.02867).
+#define NATRAIN_COLUMN_USES 1  // scores take columns of k, sums those of v
 #include "exclusions.cuh"
 
 using namespace natrain;

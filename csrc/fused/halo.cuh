@@ -33,8 +33,12 @@ __device__ constexpr int columns_bytes() {
   return (CHUNK_TOKENS * RowFormat<DIM>::PITCH + 127) / 128 * 128;
 }
 
-// Whether what is multiplied in TF32 is rounded in shared memory, once for all its uses.
-constexpr bool IS_ROUNDED = NATRAIN_TF32_TERMS == 1;
+// Columns that the boxes of a block's warps cover together, about.
+constexpr int COVERED = (box(0) + (warps(0) - 1) * row_tile(0)) * (box(1) + (warps(1) - 1) * row_tile(1)) *
+                        (box(2) + (warps(2) - 1) * row_tile(2));
+// Whether factors of TF32 products are rounded in shared memory, once for all their uses: where those are two or more.
+constexpr bool IS_ROUNDED =
+    NATRAIN_TF32_TERMS == 1 && NATRAIN_COLUMN_USES * WARPS * box(0) * box(1) * box(2) >= 2 * COVERED;
 
 // How the threads of a block share the columns of a stage: side by side along a row of D, then x, then lines, so that only
 // the line changes in a loop.

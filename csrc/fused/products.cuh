@@ -3,8 +3,7 @@
 // of n8 block i is row g + 8 * (j / 2), column 2t + j % 2, g = lane / 4, t = lane % 4.
 //
 // float32 multiplies in TF32, or with NATRAIN_TF32_TERMS 3 as big * big + big * small + small * big, which keeps 21 bits.
-// Factors are rounded to TF32 once: columns where they lie (halo.cuh), rows as they are loaded, weights before they are
-// multiplied.
+// TF32's factors are rounded before they get here where that saves work (IS_ROUNDED), else for every product.
 #pragma once
 
 #include "halo.cuh"
@@ -46,7 +45,14 @@ struct Multiply<float> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] += part[i];
 #else
-    mma_m16n8k8_tf32(d, a, b);
+    if constexpr (IS_ROUNDED) {
+      mma_m16n8k8_tf32(d, a, b);
+    } else {
+      unsigned a_rounded[4] = {a[0], a[1], a[2], a[3]}, b_rounded[2] = {b[0], b[1]};
+      round_to_tf32(a_rounded);
+      round_to_tf32(b_rounded);
+      mma_m16n8k8_tf32(d, a_rounded, b_rounded);
+    }
 #endif
   }
 };

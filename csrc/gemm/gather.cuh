@@ -224,12 +224,12 @@ __device__ __forceinline__ void gather(const GatherArguments& args) {
   const Step step(args.geometry, args.weights_at);
   if constexpr (BY_KEY) {
     const KeyRows rows(tile, staged, origin, step);
-    for_each_chunk<PIECES, PIECES>(tile, args.geometry, x, args.x_at, shared, X_PITCH, [&](int chunk, int stage) {
+    for_each_chunk<PIECES, PIECES>(tile, args.geometry, x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
       sum_by_key(tile, rows, chunk, stage, shared, sums);
     });
   } else {
     const QueryRows rows(tile, staged, origin, step);
-    for_each_chunk<PIECES, PIECES>(tile, args.geometry, x, args.x_at, shared, X_PITCH, [&](int chunk, int stage) {
+    for_each_chunk<PIECES, PIECES>(tile, args.geometry, x, args.x_at, shared_at, X_PITCH, [&](int chunk, int stage) {
       sum_by_query(tile, rows, chunk, stage, shared, sums);
     });
   }

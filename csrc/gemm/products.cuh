@@ -1,13 +1,16 @@
 // Products of one warp out of rows in shared memory, for 16-bit elements and for float32: two 16-byte pieces of a row are
 // one depth of the tensor core either way (16 halves, or 8 floats).
 //
-// float32 is TF32 (NATRAIN_TERMS 1), or three TF32 products that keep 21 bits of each factor (NATRAIN_TERMS 3). TF32's factors
-// are rounded once: a chunk where it lies (tile.cuh), left factors as they are loaded.
+// float32 is TF32 (NATRAIN_TERMS 1), or three TF32 products that keep 21 bits of each factor (NATRAIN_TERMS 3).
 #pragma once
 
 #include "tile.cuh"
 
 namespace natrain {
+
+constexpr bool IS_FLOAT = sizeof(Element) == 4;
+constexpr int TERMS = NATRAIN_TERMS;
+static_assert(TERMS == 1 || (TERMS == 3 && IS_FLOAT));
 
 // Bytes from one row of D in shared memory to the next. ldmatrix is free of bank conflicts when rows are an odd number of
 // pieces apart; what float32 reads for weighted sums, pieces of four rows at once, when they are an odd number of 32 bytes
@@ -22,14 +25,15 @@ __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], 
   if constexpr (sizeof(T) == 2) {
     mma_m16n8k16<T>(d, a, b);
   } else {
+    unsigned a_high[4], b_high[2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(__uint_as_float(a[i]));
+#pragma unroll
+    for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(__uint_as_float(b[i]));
     if constexpr (TERMS == 1) {
-      mma_m16n8k8_tf32(d, a, b);
+      mma_m16n8k8_tf32(d, a_high, b_high);
     } else {
-      unsigned a_high[4], b_high[2], a_low[4], b_low[2];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a_high[i] = to_tf32(__uint_as_float(a[i]));
-#pragma unroll
-      for (int i = 0; i < 2; ++i) b_high[i] = to_tf32(__uint_as_float(b[i]));
+      unsigned a_low[4], b_low[2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) a_low[i] = to_tf32(__uint_as_float(a[i]) - __uint_as_float(a_high[i]));
 #pragma unroll
@@ -48,10 +52,8 @@ __device__ __forceinline__ void multiply(float (&d)[4], const unsigned (&a)[4], 
 // The 16 rows of D at `rows`, as the left factor of all depths.
 __device__ __forceinline__ void load_left(unsigned rows, int lane, unsigned (&a)[DEPTHS][4]) {
 #pragma unroll
-  for (int depth = 0; depth < DEPTHS; ++depth) {
+  for (int depth = 0; depth < DEPTHS; ++depth)
     ldmatrix_x4(a[depth], rows + lane % 16 * row_pitch(false) + (2 * depth + lane / 16) * 16);
-    if constexpr (IS_ROUNDED) round_to_tf32(a[depth]);
-  }
 }
 
 // Dot products of the left rows with the 8 rows of D at `columns`.
@@ -86,8 +88,7 @@ __device__ __forceinline__ void weighted_sums(const unsigned (&weights)[2 * PAIR
   if constexpr (IS_FLOAT) {
 #pragma unroll
     for (int half = 0; half < COLUMNS / 8; ++half) {
-      unsigned a[4] = {weights[4 * half], weights[4 * half + 1], weights[4 * half + 2], weights[4 * half + 3]};
-      if constexpr (IS_ROUNDED) round_to_tf32(a);
+      const unsigned a[4] = {weights[4 * half], weights[4 * half + 1], weights[4 * half + 2], weights[4 * half + 3]};
       const unsigned char* row = shared + columns + (8 * half + lane % 4) * row_pitch(true);
       // Any order of components will do: four blocks are the four words of a piece a lane, which put_sums() undoes.
 #pragma unroll

@@ -180,9 +180,9 @@ __device__ __forceinline__ void for_each_kept_line(const Tile& tile, int chunk, 
 // Scores of the warp's rows, chunk after chunk and of each slice after slice; `columns(chunk, x)` knows where those of 8
 // columns go, `flush(chunk)` what to do when a chunk's are there.
 template <class ColumnsOf, class Flush>
-__device__ __forceinline__ void score_slices(const Arguments& args, const Tile& tile, unsigned char* bytes, float scale,
+__device__ __forceinline__ void score_slices(const Arguments& args, const Tile& tile, unsigned shared, float scale,
                                              ColumnsOf columns, Flush flush) {
-  const unsigned shared = shared_address(bytes), queries_at = shared + QUERIES_AT + tile.warp * ROWS * D_PITCH;
+  const unsigned queries_at = shared + QUERIES_AT + tile.warp * ROWS * D_PITCH;
   const auto fetch = [&](int chunk, int slice) {
     fetch_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k + slice * HEAD_DIM, args.k_at, chunk,
                                     shared + (chunk * SLICES + slice) % 2 * CHUNK * D_PITCH, D_PITCH);
@@ -200,7 +200,6 @@ __device__ __forceinline__ void score_slices(const Arguments& args, const Tile& 
 #pragma unroll 1
     for (int slice = 0; slice < SLICES; ++slice) {
       cp_async_wait<0>();
-      round_chunk<2 * DEPTHS>(tile, bytes + (chunk * SLICES + slice) % 2 * CHUNK * D_PITCH, D_PITCH);
       // Also: all warps are done with the slice before, whose place the next one takes.
       __syncthreads();
       if (slice + 1 < SLICES) {
@@ -266,10 +265,10 @@ extern "C" __global__ void NATRAIN_GEMM_BOUNDS natrain_gemm_qk(const __grid_cons
   };
 
   if constexpr (SLICES > 1) {
-    score_slices(args, tile, shared, scale, columns, flush);
+    score_slices(args, tile, keys_at, scale, columns, flush);
   } else {
     unsigned a[DEPTHS][4];
-    for_each_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k, args.k_at, shared, D_PITCH, [&](int chunk, int stage) {
+    for_each_chunk<PIECES, 2 * DEPTHS>(tile, args.geometry, args.k, args.k_at, keys_at, D_PITCH, [&](int chunk, int stage) {
       if (chunk == 0) load_left(queries_at, tile.lane, a);
       for (int x = first_x(tile, chunk); x < end_x(tile, chunk); x += 8) {
         const Columns to = columns(chunk, x);

@@ -20,7 +20,6 @@
 #include "intrinsics.cuh"
 #include "numeric.cuh"
 #include "problem_constants.cuh"
-#include "tf32.cuh"
 
 namespace natrain {
 
@@ -44,12 +43,6 @@ constexpr int CHUNK = NATRAIN_CHUNK, CHUNKS = (HALO + CHUNK - 1) / CHUNK, STAGES
 constexpr bool HAS_LINES = halo(0) * halo(1) > 1;
 static_assert(CHUNKS == 1 || CHUNK % (HAS_LINES ? halo(2) : COLUMNS) == 0);
 static_assert(row_tile(0) * row_tile(1) * row_tile(2) == ROWS);
-
-constexpr bool IS_FLOAT = sizeof(Element) == 4;
-constexpr int TERMS = NATRAIN_TERMS;
-static_assert(TERMS == 1 || (TERMS == 3 && IS_FLOAT));
-// Whether factors of products are rounded to TF32.
-constexpr bool IS_ROUNDED = IS_FLOAT && TERMS == 1;
 
 // Elements of a 16-byte piece; pieces of a row of D, of a row of D with the zeros that fill its last product's depth of two
 // pieces, and of a row of weights.
@@ -156,46 +149,31 @@ struct Step {
   }
 };
 
-// How the threads of a block share a chunk's rows of FILLED pieces: calls visit(column, piece, line) for this one's. A warp
-// takes whole lines, so that a lane's column and piece are the same in each; of a single line it takes a part.
-template <int FILLED, class Visit>
-__device__ __forceinline__ void for_each_shared_piece(const Tile& tile, Visit visit) {
+// Begins to fetch a chunk's rows of `x` [B, *S, N, W], in PIECES 16-byte pieces, into rows of `pitch` bytes; zeros where
+// there is no token, and in the pieces from PIECES on to FILLED. A warp takes whole lines, so that a lane's column and piece
+// are the same in each; of a single line it takes a part.
+template <int PIECES, int FILLED>
+__device__ __forceinline__ void fetch_chunk(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
+                                            int chunk, unsigned shared, int pitch) {
   constexpr int WIDTH = HAS_LINES ? halo(2) : CHUNK, LINES = CHUNK / WIDTH, ROUNDS = (WIDTH * FILLED + 31) / 32;
+  const Element* const origin = tile.origin(x, at);
+  const Step step(g, at);
 #pragma unroll(HAS_LINES && ROUNDS <= 8 ? ROUNDS : 1)
   for (int round = HAS_LINES ? 0 : tile.warp; round < ROUNDS; round += HAS_LINES ? 1 : WARPS) {
     const int index = round * 32 + tile.lane, column = index / FILLED, piece = index % FILLED;
     if (WIDTH * FILLED % 32 != 0 && column >= WIDTH) continue;
-    for (int line = HAS_LINES ? tile.warp : 0; line < LINES; line += HAS_LINES ? WARPS : 1) visit(column, piece, line);
-  }
-}
-
-// Begins to fetch a chunk's rows of `x` [B, *S, N, W], in PIECES 16-byte pieces, into rows of `pitch` bytes; zeros where
-// there is no token, and in the pieces from PIECES on to FILLED.
-template <int PIECES, int FILLED>
-__device__ __forceinline__ void fetch_chunk(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
-                                            int chunk, unsigned shared, int pitch) {
-  constexpr int WIDTH = HAS_LINES ? halo(2) : CHUNK, LINES = CHUNK / WIDTH;
-  const Element* const origin = tile.origin(x, at);
-  const Step step(g, at);
-  for_each_shared_piece<FILLED>(tile, [&](int column, int piece, int line) {
     const int px = tile.halo_first[2] + (HAS_LINES ? 0 : chunk * CHUNK) + column;
-    const int pz = tile.halo_first[0] + (chunk * LINES + line) / halo(1);
-    const int py = tile.halo_first[1] + (chunk * LINES + line) % halo(1);
     const bool is_filled = px < tile.length[2] && (PIECES == FILLED || piece < PIECES);
-    const bool is_valid = is_filled && (!HAS_LINES || (py < tile.length[1] && pz < tile.length[0]));
     const Element* const source = origin + (step.x * px + piece * PIECE);
-    const Offset to_line = HAS_LINES ? step.z * pz + step.y * py : Offset(0);
-    cp_async_16(shared + column * pitch + piece * 16 + line * WIDTH * pitch, is_valid ? source + to_line : origin, is_valid);
-  });
-}
-
-// Rounds, where IS_ROUNDED, what this thread has fetched by fetch_chunk, once it is there.
-template <int FILLED>
-__device__ __forceinline__ void round_chunk(const Tile& tile, unsigned char* shared, int pitch) {
-  if constexpr (IS_ROUNDED)
-    for_each_shared_piece<FILLED>(tile, [&](int column, int piece, int line) {
-      round_piece(shared + (line * (HAS_LINES ? halo(2) : CHUNK) + column) * pitch + piece * 16);
-    });
+    const unsigned target = shared + column * pitch + piece * 16;
+    for (int line = HAS_LINES ? tile.warp : 0; line < LINES; line += HAS_LINES ? WARPS : 1) {
+      const int pz = tile.halo_first[0] + (chunk * LINES + line) / halo(1);
+      const int py = tile.halo_first[1] + (chunk * LINES + line) % halo(1);
+      const bool is_valid = is_filled && (!HAS_LINES || (py < tile.length[1] && pz < tile.length[0]));
+      const Offset to_line = HAS_LINES ? step.z * pz + step.y * py : Offset(0);
+      cp_async_16(target + line * WIDTH * pitch, is_valid ? source + to_line : origin, is_valid);
+    }
+  }
 }
 
 // Columns along x of the warp's box that lie in a chunk; parts of a line begin at multiples of COLUMNS.
@@ -225,17 +203,15 @@ __device__ __forceinline__ void for_each_line(const Tile& tile, int chunk, int x
 // Runs `work(chunk, row of its first column)` on every chunk of `x`, the next one under way.
 template <int PIECES, int FILLED, class Work>
 __device__ __forceinline__ void for_each_chunk(const Tile& tile, const Geometry& g, const Element* x, const Layout& at,
-                                               unsigned char* shared, int pitch, Work work) {
-  const unsigned address = shared_address(shared);
-  fetch_chunk<PIECES, FILLED>(tile, g, x, at, 0, address, pitch);
+                                               unsigned shared, int pitch, Work work) {
+  fetch_chunk<PIECES, FILLED>(tile, g, x, at, 0, shared, pitch);
   cp_async_commit();
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     cp_async_wait<0>();
-    round_chunk<FILLED>(tile, shared + chunk % STAGES * CHUNK * pitch, pitch);
     // Also: all warps are done with the chunk before, whose place the next one takes.
     __syncthreads();
     if (chunk + 1 < CHUNKS) {
-      fetch_chunk<PIECES, FILLED>(tile, g, x, at, chunk + 1, address + (chunk + 1) % STAGES * CHUNK * pitch, pitch);
+      fetch_chunk<PIECES, FILLED>(tile, g, x, at, chunk + 1, shared + (chunk + 1) % STAGES * CHUNK * pitch, pitch);
       cp_async_commit();
     }
     if (tile.is_active) work(chunk, chunk % STAGES * CHUNK);

@@ -1,15 +1,16 @@
-// float32 as a factor of TF32 products. Its rounding takes two to three instructions a value, so that kernels round where
-// rows lie in shared memory, once for all products with them.
+// float32 as a factor of TF32 products. Rounding takes two to three instructions a value (sm_90: NaN and infinity are told
+// apart), so that values with several uses are rounded where they lie in shared memory.
 #pragma once
 
 #include "intrinsics.cuh"
 
 namespace natrain {
 
-// Four words of float32 bits.
-__device__ __forceinline__ void round_to_tf32(unsigned (&words)[4]) {
+// Words of float32 bits.
+template <int N>
+__device__ __forceinline__ void round_to_tf32(unsigned (&words)[N]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = to_tf32(__uint_as_float(words[i]));
+  for (int i = 0; i < N; ++i) words[i] = to_tf32(__uint_as_float(words[i]));
 }
 
 // The 16-byte piece at `shared`, in place.
