@@ -3,6 +3,9 @@
 // A warp collects its 16 rows of scores in shared memory and writes them in 16-byte pieces. Of a long row it holds the slots
 // of one chunk of keys: slots are in the order of keys, so that a chunk continues where the last one ended. Where the head is
 // cut into slices, the warp's scores of a chunk are sums in registers until its last slice has come.
+//
+// Where rows are held whole their softmax may be taken before they leave, or that of probs be differentiated (q and k are
+// then d_out and v), which spares a pass over the weights that reads and writes them (NATRAIN_ROW_STEP).
 #include "products.cuh"
 
 using namespace natrain;
@@ -14,8 +17,15 @@ struct Arguments {
   const Element* k;
   const float* rpb;  // [N, 2kz-1, 2ky-1, 2kx-1], read when NATRAIN_HAS_RPB
   Element* scores;
+  const Element* probs;  // as scores; read by the derivative of the softmax
+  float* lse;            // [B, *S, N]: log of the sum of exponentials of a row, which the softmax writes
+  const float* d_lse;    // as lse, read by the derivative; null: no gradient comes through lse
   Layout q_at, k_at, scores_at;
 };
+
+// What a row of scores becomes: natrain/ops/gemm_plan.py, RowStep.
+constexpr bool IS_SOFTMAX = NATRAIN_ROW_STEP == 1, IS_SOFTMAX_GRAD = NATRAIN_ROW_STEP == 2;
+static_assert(CHUNKS == 1 || NATRAIN_ROW_STEP == 0);
 
 constexpr int KZ = kernel_size(0), KY = kernel_size(1), KX = kernel_size(2);
 constexpr bool ANY_CAUSAL = is_causal(0) || is_causal(1) || is_causal(2);
@@ -31,7 +41,9 @@ static_assert(!IS_BIAS_STAGED || NATRAIN_BIAS_BYTES >= ENTRIES * sizeof(float));
 constexpr int BUFFERS = SLICES > 1 ? 2 : STAGES, OWN_BYTES = WARPS * ROWS * D_PITCH;
 constexpr int QUERIES_AT = BUFFERS * CHUNK * D_PITCH, SCORES_AT = QUERIES_AT + SLICES * OWN_BYTES;
 constexpr int BIAS_AT = SCORES_AT + WARPS * ROWS * HELD_PITCH;
-static_assert(BIAS_AT + NATRAIN_BIAS_BYTES == NATRAIN_SHARED_BYTES);
+// And the rows of probs.
+constexpr int PROBS_AT = BIAS_AT + NATRAIN_BIAS_BYTES;
+static_assert(PROBS_AT + (IS_SOFTMAX_GRAD ? WARPS * ROWS * HELD_PITCH : 0) == NATRAIN_SHARED_BYTES);
 
 // A query's window, counted from the halo's first key.
 struct Query {
@@ -109,6 +121,136 @@ struct Scores {
     }
   }
 };
+
+// One of two lanes that share a row of weights in shared memory: every second piece of it.
+struct HalfRow {
+  static constexpr int OWN = (HELD_PIECES + 1) / 2;  // pieces, the last one perhaps past the end
+  int first;                                         // piece
+
+  __device__ __forceinline__ int piece(int i) const { return 2 * i + first; }
+  __device__ __forceinline__ void read(const Element* row, int i, float (&to)[PIECE]) const {
+    load_mutable<PIECE>(row + min(piece(i), HELD_PIECES - 1) * PIECE, to);
+  }
+  // Calls visit(element of a piece) for those that are a slot of the window.
+  template <class Visit>
+  __device__ __forceinline__ void for_each_slot(int i, Visit visit) const {
+#pragma unroll
+    for (int j = 0; j < PIECE; ++j)
+      if ((2 * i + 2) * PIECE <= NEIGHBORS || piece(i) * PIECE + j < NEIGHBORS) visit(j);
+  }
+  __device__ __forceinline__ void write(Element* row, int i, const float (&from)[PIECE]) const {
+    if (piece(i) < HELD_PIECES) store<PIECE>(row + piece(i) * PIECE, from);
+  }
+};
+
+// The row's weights, in registers where a lane's are few.
+class RowValues {
+ public:
+  static constexpr bool IS_HELD = HalfRow::OWN * PIECE <= 32;
+  static constexpr int UNROLL = IS_HELD ? HalfRow::OWN : 2;
+
+ private:
+  float values[IS_HELD ? HalfRow::OWN : 1][PIECE];
+  const HalfRow& at;
+  const Element* const row;
+
+ public:
+  __device__ __forceinline__ RowValues(const HalfRow& half, const Element* of_row) : at(half), row(of_row) {
+    if constexpr (IS_HELD) {
+#pragma unroll
+      for (int i = 0; i < HalfRow::OWN; ++i) at.read(row, i, values[i]);
+    }
+  }
+  // Writing to what this returns lasts only where values are held.
+  __device__ __forceinline__ float (&operator[](int i))[PIECE] {
+    if constexpr (IS_HELD) return values[i];
+    at.read(row, i, values[0]);
+    return values[0];
+  }
+};
+
+__device__ __forceinline__ float of_both(float x) { return x + __shfl_xor_sync(WARP, x, 1); }
+
+// exp(x - largest): 16-bit weights are rounded to 11 bits or fewer.
+__device__ __forceinline__ float exponential(float x, float largest) {
+  return IS_FLOAT ? expf(x - largest) : exp2_approx((x - largest) * 1.4426950408889634f);
+}
+
+// Softmax of the lane's row, as csrc/naive/softmax.cu has it; the log of its sum of exponentials.
+__device__ __forceinline__ float softmax(Element* row, const HalfRow& at) {
+  RowValues scores(at, row);
+  const float infinity = __uint_as_float(0x7f800000u);
+  float largest = -infinity;
+#pragma unroll(RowValues::UNROLL)
+  for (int i = 0; i < HalfRow::OWN; ++i) {
+    const float(&score)[PIECE] = scores[i];
+    at.for_each_slot(i, [&](int j) { largest = fmaxf(largest, score[j]); });
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(WARP, largest, 1));
+  const bool is_infinite = largest == infinity || largest == -infinity;
+  if (is_infinite) largest = 0;
+  float sum = 0;
+#pragma unroll(RowValues::UNROLL)
+  for (int i = 0; i < HalfRow::OWN; ++i) {
+    float(&score)[PIECE] = scores[i];
+    at.for_each_slot(i, [&](int j) { sum += score[j] = exponential(score[j], largest); });
+  }
+  sum = of_both(sum);
+  const float inverse_sum = is_infinite ? __uint_as_float(0x7fffffffu) : 1 / sum;
+#pragma unroll(RowValues::UNROLL)
+  for (int i = 0; i < HalfRow::OWN; ++i) {
+    const float(&score)[PIECE] = scores[i];
+    float prob[PIECE] = {};
+    at.for_each_slot(i, [&](int j) {
+      prob[j] = (RowValues::IS_HELD ? score[j] : exponential(score[j], largest)) * inverse_sum;
+    });
+    at.write(row, i, prob);
+  }
+  return largest + logf(sum);
+}
+
+// d_scores = probs * (d_probs - sum(probs * d_probs) + d_lse), in place of d_probs.
+__device__ __forceinline__ void softmax_grad(Element* row, const Element* of_probs, float d_lse, const HalfRow& at) {
+  RowValues probs(at, of_probs), d_probs(at, row);
+  float sum = 0;
+#pragma unroll(RowValues::UNROLL)
+  for (int i = 0; i < HalfRow::OWN; ++i) {
+    const float(&prob)[PIECE] = probs[i];
+    const float(&d_prob)[PIECE] = d_probs[i];
+    at.for_each_slot(i, [&](int j) { sum += prob[j] * d_prob[j]; });
+  }
+  sum = of_both(sum) - d_lse;
+#pragma unroll(RowValues::UNROLL)
+  for (int i = 0; i < HalfRow::OWN; ++i) {
+    const float(&prob)[PIECE] = probs[i];
+    const float(&d_prob)[PIECE] = d_probs[i];
+    float d_score[PIECE] = {};
+    at.for_each_slot(i, [&](int j) { d_score[j] = prob[j] * (d_prob[j] - sum); });
+    at.write(row, i, d_score);
+  }
+}
+
+// What becomes of the warp's rows once their scores are there: lanes 2r and 2r + 1 have row r.
+__device__ __forceinline__ void finish_rows(const Arguments& args, const Tile& tile, const Scores& scores, const Element* probs) {
+  if constexpr (IS_SOFTMAX || IS_SOFTMAX_GRAD) {
+    const int r = tile.lane / 2;
+    const HalfRow at{tile.lane % 2};
+    Element* const row = scores.held + r * HELD;
+    const Geometry& g = args.geometry;
+    long long token = tile.batch;
+#pragma unroll
+    for (int axis = 0; axis < 3; ++axis)
+      token = token * g.length[axis] + min(tile.row(axis, r), tile.length[axis] - 1) * g.dilation[axis] + tile.group[axis];
+    const long long of_row = token * g.heads + tile.head;
+    if constexpr (IS_SOFTMAX) {
+      const float lse = softmax(row, at);
+      if (at.first == 0 && tile.has_row(r)) args.lse[of_row] = lse;
+    } else {
+      softmax_grad(row, probs + r * HELD, args.d_lse ? args.d_lse[of_row] : 0.f, at);
+    }
+    __syncwarp();
+  }
+}
 
 // Where the scores of the 8 columns from x on go, for the lane's two queries.
 struct Columns {
@@ -245,6 +387,10 @@ extern "C" __global__ void NATRAIN_GEMM_BOUNDS natrain_gemm_qk(const __grid_cons
   const Scores scores = {reinterpret_cast<Element*>(shared + SCORES_AT + tile.warp * ROWS * HELD_PITCH), fill.piece};
 
   if constexpr (SLICES == 1) fetch_own<PIECES, 2 * DEPTHS>(tile, args.geometry, args.q, args.q_at, queries_at, D_PITCH);
+  constexpr int OWN_ROWS_BYTES = ROWS * HELD_PITCH;
+  if constexpr (IS_SOFTMAX_GRAD)
+    fetch_own<WEIGHT_PIECES, WEIGHT_PIECES>(tile, args.geometry, args.probs, args.scores_at,
+                                            keys_at + PROBS_AT + tile.warp * OWN_ROWS_BYTES, HELD_PITCH);
   scores.fill(tile.lane, 0);
   const Query queries[2] = {Query(tile, tile.lane / 4), Query(tile, tile.lane / 4 + 8)};
   const float scale = float(args.scale);
@@ -261,6 +407,7 @@ extern "C" __global__ void NATRAIN_GEMM_BOUNDS natrain_gemm_qk(const __grid_cons
 
   const auto flush = [&](int chunk) {
     __syncwarp();
+    finish_rows(args, tile, scores, reinterpret_cast<const Element*>(shared + PROBS_AT + tile.warp * OWN_ROWS_BYTES));
     scores.flush(tile, args.geometry, chunk, args.scores, args.scores_at);
   };
 

@@ -1,8 +1,9 @@
 """The gemm kernels: qk, av and inverse as products of the tensor core over a tile and its halo; csrc/gemm holds them.
 
 Limits: float16, bfloat16, float32 from sm_80 on, head dims in multiples of 8, any rank and window. float32 is TF32
-where torch allows it, else three TF32 products that keep 21 bits of each factor. Softmax, its derivative, dropout and
-the bias gradient are naive's kernels; so is a primitive whose tensors are not aligned to 16 bytes, or whose halo does
+where torch allows it, else three TF32 products that keep 21 bits of each factor. Softmax and its derivative happen in
+qk, before rows of weights leave a block, where whole rows fit there; else they, as dropout and the bias gradient, are
+naive's kernels. So is a primitive whose tensors are not aligned to 16 bytes, or whose halo does
 not fit into shared memory.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from natrain.jit import BuildSpec, cuda
 from natrain.jit.driver import CudaKernel
 from natrain.ops.fused_plan import shared_capacity
-from natrain.ops.gemm_plan import GemmTiling, choose_gemm_tiling
+from natrain.ops.gemm_plan import GemmTiling, RowStep, choose_gemm_tiling, choose_row_step_tiling
 from natrain.ops.geometry import (
     ACCESS_BYTES,
     Layout,
@@ -44,6 +45,7 @@ def gemm_defines(
     terms: int,
     offset: str,
     has_rpb: bool,
+    row_step: RowStep = RowStep.NONE,
 ) -> dict[str, object]:
     """The constants of csrc/gemm/*.cuh; lengths, dilation, heads and strides stay run-time arguments."""
     defines = {
@@ -55,6 +57,7 @@ def gemm_defines(
         "NATRAIN_OFFSET": offset,
         "NATRAIN_BY_KEY": int(primitive == "inverse"),
         "NATRAIN_HAS_RPB": int(has_rpb),
+        "NATRAIN_ROW_STEP": int(row_step),
         "NATRAIN_IS_STAGED": int(tiling.is_staged),
         "NATRAIN_SLICES": tiling.slices,
         "NATRAIN_COLUMNS": tiling.columns,
@@ -80,10 +83,20 @@ def _terms(dtype: torch.dtype) -> int:
     return 3 if dtype == torch.float32 and not is_tf32_allowed() else 1
 
 
+def _choose(primitive: str, row_step: RowStep, *problem) -> GemmTiling | None:
+    return choose_row_step_tiling(row_step, *problem) if row_step else choose_gemm_tiling(primitive, *problem)
+
+
 def _plan(
-    primitive: str, window: Window, row: Tensor, tensors: tuple[Tensor, ...], terms: int, has_rpb: bool
+    primitive: str,
+    window: Window,
+    row: Tensor,
+    tensors: tuple[Tensor, ...],
+    terms: int,
+    has_rpb: bool,
+    row_step: RowStep,
 ) -> Plan | None:
-    """None where naive's kernel takes the primitive."""
+    """None where naive's kernel takes the primitive, or the row step."""
     batch, *axes, heads, head_dim = row.shape
     whole = ACCESS_BYTES // row.element_size()
     if access_width(whole, *tensors) < whole or head_dim % whole:
@@ -91,14 +104,16 @@ def _plan(
     device = row.get_device()
     capability = torch.cuda.get_device_capability(device) if row.is_cuda else None
     shared = shared_capacity(capability)[1]
-    tiling = choose_gemm_tiling(primitive, tuple(axes), window, head_dim, row.dtype, has_rpb, shared)
+    tiling = _choose(primitive, row_step, tuple(axes), window, head_dim, row.dtype, has_rpb, shared)
     if tiling is None:
         return None
     layouts = [Layout.of(x) for x in tensors]
-    kernel = _kernel(primitive, device, row.dtype, window, head_dim, tiling, terms, offset_type(*layouts), has_rpb)
+    kernel = _kernel(
+        primitive, device, row.dtype, window, head_dim, tiling, terms, offset_type(*layouts), has_rpb, row_step
+    )  # fmt: skip
     dilation = three_axes(window.dilation, 1)
     head = struct.pack("11i4x", *three_axes(axes, 1), *dilation, *tiling.tiles, heads, batch)
-    middle = struct.Struct("2d4Q" if primitive == "qk" else "d3Q")
+    middle = struct.Struct("2d7Q" if primitive == "qk" else "d3Q")
     tail = struct.pack("15q", *(number for layout in layouts for number in layout.packed))
     blocks = batch * heads * math.prod(t * d for t, d in zip(tiling.tiles, dilation, strict=True))
     if primitive != "qk":
@@ -130,12 +145,44 @@ class GemmKernel(NaiveKernel):
         plan = self._find_plan("qk", window, q, (q, k, padded), rpb is not None)
         if plan is None:
             return super().write_scores(window, q, k, rpb, scale, fill, scores)
-        if rpb is not None:
-            rpb = rpb.float().contiguous()
-        addresses = (q.data_ptr(), k.data_ptr(), 0 if rpb is None else rpb.data_ptr(), padded.data_ptr())
-        plan.launch(q.get_device(), scale, fill, *addresses)
+        self._launch_qk(plan, q, k, rpb, scale, fill, padded)
         if padded is not scores:
             scores.copy_(padded[..., : window.num_neighbors])
+
+    def write_probs(
+        self, window: Window, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, probs: Tensor, lse: Tensor
+    ) -> None:
+        plan = self._find_plan("qk", window, q, (q, k, probs), rpb is not None, RowStep.SOFTMAX)
+        if plan is None:
+            return super().write_probs(window, q, k, rpb, scale, probs, lse)
+        self._launch_qk(plan, q, k, rpb, scale, -math.inf, probs, lse=lse)
+
+    def write_d_scores(
+        self, window: Window, d_out: Tensor, v: Tensor, probs: Tensor, d_lse: Tensor | None, d_scores: Tensor
+    ) -> None:
+        plan = self._find_plan("qk", window, d_out, (d_out, v, d_scores), False, RowStep.SOFTMAX_GRAD)
+        if plan is None:
+            return super().write_d_scores(window, d_out, v, probs, d_lse, d_scores)
+        self._launch_qk(plan, d_out, v, None, 1.0, 0.0, d_scores, probs, None, d_lse)
+
+    @staticmethod
+    def _launch_qk(
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        rpb: Tensor | None,
+        scale: float,
+        fill: float,
+        scores: Tensor,
+        probs: Tensor | None = None,
+        lse: Tensor | None = None,
+        d_lse: Tensor | None = None,
+    ) -> None:
+        if rpb is not None:
+            rpb = rpb.float().contiguous()
+        optional = (0 if x is None else x.data_ptr() for x in (probs, lse, d_lse))
+        addresses = (q.data_ptr(), k.data_ptr(), 0 if rpb is None else rpb.data_ptr(), scores.data_ptr(), *optional)
+        plan.launch(q.get_device(), scale, fill, *addresses)
 
     def write_sums(self, primitive: str, window: Window, weights: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
         padded = self._padded(weights, window)
@@ -157,15 +204,20 @@ class GemmKernel(NaiveKernel):
 
     @staticmethod
     def _find_plan(
-        primitive: str, window: Window, row: Tensor, tensors: tuple[Tensor, ...], has_rpb: bool
+        primitive: str,
+        window: Window,
+        row: Tensor,
+        tensors: tuple[Tensor, ...],
+        has_rpb: bool,
+        row_step: RowStep = RowStep.NONE,
     ) -> Plan | None:
         if not row.numel():
             return None
         terms, device = _terms(row.dtype), row.get_device()
-        key = ("gemm", primitive, window, row.shape, row.dtype, terms, has_rpb, device)
+        key = ("gemm", primitive, row_step, window, row.shape, row.dtype, terms, has_rpb, device)
         key += tuple(x.stride() for x in tensors) + tuple(x.data_ptr() % ACCESS_BYTES for x in tensors)
         if key not in plans:
-            remember(key, _plan(primitive, window, row, tensors, terms, has_rpb))
+            remember(key, _plan(primitive, window, row, tensors, terms, has_rpb, row_step))
         return plans[key]
 
     def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
@@ -175,17 +227,21 @@ class GemmKernel(NaiveKernel):
         span = problem.num_tokens * problem.heads
         span *= max(3 * problem.head_dim, problem.value_dim, weights_pitch(window.num_neighbors, dtype))
         offset = "int" if span < 2**31 else "long long"
-        wanted = {("qk", problem.head_dim, problem.has_rpb), ("qk", problem.value_dim, False)}
-        wanted |= {(name, dim, False) for name in ("av", "inverse") for dim in (problem.head_dim, problem.value_dim)}
+        none, softmax, softmax_grad = RowStep
+        wanted = {("qk", problem.head_dim, problem.has_rpb, step) for step in (none, softmax)}
+        wanted |= {("qk", problem.value_dim, False, step) for step in (none, softmax_grad)}
+        dims = (problem.head_dim, problem.value_dim)
+        wanted |= {(name, dim, False, none) for name in ("av", "inverse") for dim in dims}
         _, shared = shared_capacity(divmod(int("".join(filter(str.isdigit, arch))), 10))
         specs, delegated = [], set()
-        for primitive, head_dim, has_rpb in sorted(wanted):
-            tiling = choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype, has_rpb, shared)
+        for primitive, head_dim, has_rpb, step in sorted(wanted):
+            tiling = _choose(primitive, step, problem.spatial, window, head_dim, dtype, has_rpb, shared)
             if tiling is None:
-                delegated.add(f"natrain_naive_{primitive}")
+                if not step:
+                    delegated.add(f"natrain_naive_{primitive}")
                 continue
             for terms in (1, 3) if dtype == torch.float32 else (1,):
-                defines = gemm_defines(primitive, dtype, window, head_dim, tiling, terms, offset, has_rpb)
+                defines = gemm_defines(primitive, dtype, window, head_dim, tiling, terms, offset, has_rpb, step)
                 specs.append(cuda.kernel_spec(f"gemm/{primitive}.cu", f"natrain_gemm_{primitive}", defines, arch))
         products = {f"natrain_naive_{primitive}" for primitive in ("qk", "av", "inverse")} - delegated
         return specs + [spec for spec in super().build_specs(problem, arch) if spec.name not in products]

@@ -5,6 +5,7 @@ The words are those of csrc/gemm/tile.cuh: a warp's 16 rows, the box of columns 
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import math
@@ -25,6 +26,14 @@ _MOST_BIAS_BYTES = 8 * 1024
 _LINE_BYTES = 128
 _REGISTERS, _MOST_WARPS = 65536, 48  # of a multiprocessor
 _MOST_SUMS = 64  # registers that qk gives to scores
+
+
+class RowStep(enum.IntEnum):
+    """What qk makes of its rows of scores before they leave the block; NATRAIN_ROW_STEP of csrc/gemm/qk.cu."""
+
+    NONE = 0
+    SOFTMAX = 1
+    SOFTMAX_GRAD = 2  # scores are d_out . v; rows of probs are read besides
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,6 +117,7 @@ class _Primitive:
     pitch: int  # of a row of weights, elements
     line_slots: int  # of a line of a window: its extent along x
     bias_bytes: int  # of a head's bias in shared memory
+    row_step: RowStep
 
     def registers(self, sums: int) -> int:
         """That a thread does with: those of D sums or of D's factors, of scores that are kept, and the rest."""
@@ -151,7 +161,8 @@ class _Primitive:
         if self.name == "qk":
             row = self.shared_row(False)
             queries = rows * row * self.slices
-            return stages * chunk * row + queries + rows * held * self.itemsize + self.bias_bytes
+            matrices = 2 if self.row_step == RowStep.SOFTMAX_GRAD else 1  # of rows of weights
+            return stages * chunk * row + queries + matrices * rows * held * self.itemsize + self.bias_bytes
         fetched = stages * chunk * self.shared_row(self.itemsize == 4)
         if is_staged:
             # Reads go past the last row by a line at most.
@@ -185,13 +196,14 @@ class _Primitive:
             # What a chunk leaves of 16 rows, 32 pieces at a time.
             work += (9 if is_line else 32) * warps * chunks * held * self.itemsize / 32
         few_warps = max(1.0, 21 / (blocks * warps)) ** (0.52 if is_qk else 0.64)
-        return work * few_warps * (1 + 0.12 / blocks) + 0.56 * pieces
+        return work * few_warps * (1 + 0.12 / blocks) + _MOVED_COST * pieces
 
 
 # Instructions of a warp besides the products: for 8 columns of scores (are they kept until the last slice), for 16
 # columns of weights (are they staged).
 _SCORES_COST = {False: 33, True: 27}
 _WEIGHTS_COST = {True: 46, False: 97}
+_MOVED_COST = 0.56  # of 16 bytes through memory
 
 
 def _chunks(halo: tuple[int, int, int]) -> list[int]:
@@ -224,8 +236,10 @@ def gemm_tilings(
     dtype: torch.dtype,
     has_rpb: bool = False,
     max_shared_bytes: int = SHARED_BYTES,
+    row_step: RowStep = RowStep.NONE,
 ) -> Iterator[GemmTiling]:
-    """Every tiling of qk, av or inverse that fits shared memory."""
+    """Every tiling of qk, av or inverse that fits shared memory. With a ``row_step``, which needs whole rows, of qk
+    alone; their ``cost`` is without it."""
     lengths, dilation, sizes = three_axes(spatial, 1), three_axes(window.dilation, 1), three_axes(window.kernel_size, 1)
     strides, causal = three_axes(window.stride, 1), three_axes(window.is_causal, False)
     axes = list(zip(lengths, dilation, sizes, strides, causal, strict=True))
@@ -235,7 +249,9 @@ def gemm_tilings(
         bias_bytes = 0
     groups = [-(-length // d) for length, d in zip(lengths, dilation, strict=True)]
     for slices, columns in _products(primitive, head_dim, dtype.itemsize):
-        need = _Primitive(primitive, head_dim // slices, slices, columns, dtype.itemsize, pitch, sizes[2], bias_bytes)
+        need = _Primitive(
+            primitive, head_dim // slices, slices, columns, dtype.itemsize, pitch, sizes[2], bias_bytes, row_step
+        )  # fmt: skip
         for row, warps in _blocks(groups, len(spatial)):
             extents = [
                 _extents(*axis, primitive == "inverse", r, w, columns if index == 2 else 1)
@@ -247,6 +263,8 @@ def gemm_tilings(
             for chunk, is_staged in itertools.product(_chunks(halo), (True, False)):
                 # Of inverse the weights belong to the halo; qk writes them.
                 if is_staged and (primitive == "qk" or (primitive == "inverse" and chunk < size)):
+                    continue
+                if row_step and chunk < size:
                     continue
                 sums = need.sums(halo, box, chunk)
                 if sums > _MOST_SUMS:
@@ -293,3 +311,25 @@ def choose_gemm_tiling(
     """The cheapest tiling of qk, av or inverse, or None where none fits shared memory."""
     tilings = gemm_tilings(primitive, spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
     return min(tilings, key=lambda tiling: tiling.cost, default=None)
+
+
+@functools.lru_cache(maxsize=4096)
+@under_no_mode
+def choose_row_step_tiling(
+    row_step: RowStep,
+    spatial: tuple[int, ...],
+    window: Window,
+    head_dim: int,
+    dtype: torch.dtype,
+    has_rpb: bool = False,
+    max_shared_bytes: int = SHARED_BYTES,
+) -> GemmTiling | None:
+    """The cheapest tiling of qk that also does ``row_step``, or None where qk alone and then a kernel that reads and
+    writes all weights cost less, as they may where rows are so long that halos go through shared memory in chunks."""
+    problem = ("qk", spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
+    best = min(gemm_tilings(*problem, row_step), key=lambda tiling: tiling.cost, default=None)
+    alone = choose_gemm_tiling(*problem)
+    if best is None or alone is None:
+        return None
+    pieces = math.prod(spatial) * weights_pitch(window.num_neighbors, dtype) * dtype.itemsize / ACCESS_BYTES
+    return best if best.cost <= alone.cost + 2 * _MOVED_COST * pieces else None

@@ -224,6 +224,28 @@ class NaiveKernel(UnfusedAttentionKernel):
             rpb = rpb.to(accumulate_dtype(q.dtype)).contiguous()
         _run("qk", window, scores, q, (q, k, scores), (scale, fill), rpb)
 
+    def write_probs(
+        self, window: Window, q: Tensor, k: Tensor, rpb: Tensor | None, scale: float, probs: Tensor, lse: Tensor
+    ) -> None:
+        """The softmax of qk into ``probs`` [B, *S, N, P], the logs of its sums into ``lse`` [B, *S, N]."""
+        self.write_scores(window, q, k, rpb, scale, -math.inf, probs)
+        _run_rows("softmax", probs, window.num_neighbors, "3Q", probs.data_ptr(), probs.data_ptr(), lse.data_ptr())
+
+    def write_d_scores(
+        self, window: Window, d_out: Tensor, v: Tensor, probs: Tensor, d_lse: Tensor | None, d_scores: Tensor
+    ) -> None:
+        """The gradient of scores, without dropout, into ``d_scores`` [B, *S, N, P]; ``d_lse`` contiguous."""
+        self.write_scores(window, d_out, v, None, 1.0, 0.0, d_scores)
+        self._softmax_grad(window, probs, d_lse, d_scores)
+
+    @staticmethod
+    def _softmax_grad(window: Window, probs: Tensor, d_lse: Tensor | None, d_scores: Tensor) -> None:
+        """In place of the gradient of probs."""
+        _run_rows(
+            "softmax_grad", probs, window.num_neighbors, "4Q",
+            probs.data_ptr(), d_scores.data_ptr(), 0 if d_lse is None else d_lse.data_ptr(), d_scores.data_ptr(),
+        )  # fmt: skip
+
     def write_sums(self, primitive: str, window: Window, weights: Tensor, x: Tensor, out: Tensor, scale: float) -> None:
         """``scale`` times av or inverse into ``out``; ``weights`` [B, *S, N, K or P]; rows are contiguous."""
         _run(primitive, window, weights, out, (weights, x, out), (scale,))
@@ -269,8 +291,7 @@ class NaiveKernel(UnfusedAttentionKernel):
         probs = self.empty_probs(q, window)
         lse = q.new_empty(q.shape[:-1], dtype=accumulate_dtype(q.dtype))
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
-        self.write_scores(window, q, k, rpb, scale, -float("inf"), probs)
-        _run_rows("softmax", probs, num_neighbors, "3Q", probs.data_ptr(), probs.data_ptr(), lse.data_ptr())
+        self.write_probs(window, q, k, rpb, scale, probs, lse)
         weights = self._dropped(probs, num_neighbors, seed, dropout_p)
         self.write_sums("av", window, weights, v, out, 1.0)
         return out, lse, probs
@@ -296,15 +317,14 @@ class NaiveKernel(UnfusedAttentionKernel):
         weights = self._dropped(probs, num_neighbors, seed, dropout_p)
         self.write_sums("inverse", window, weights, d_out, d_v, 1.0)
         d_scores = torch.empty_like(probs)
-        self.write_scores(window, d_out, v, None, 1.0, 0.0, d_scores)
-        if seed is not None:
-            self._drop(d_scores, d_scores, num_neighbors, seed, dropout_p)
         if d_lse is not None:
             d_lse = d_lse.contiguous()
-        _run_rows(
-            "softmax_grad", probs, num_neighbors, "4Q",
-            probs.data_ptr(), d_scores.data_ptr(), 0 if d_lse is None else d_lse.data_ptr(), d_scores.data_ptr(),
-        )  # fmt: skip
+        if seed is None:
+            self.write_d_scores(window, d_out, v, probs, d_lse, d_scores)
+        else:
+            self.write_scores(window, d_out, v, None, 1.0, 0.0, d_scores)
+            self._drop(d_scores, d_scores, num_neighbors, seed, dropout_p)
+            self._softmax_grad(window, probs, d_lse, d_scores)
         self.write_sums("av", window, d_scores, k, d_q, scale)
         self.write_sums("inverse", window, d_scores, q, d_k, scale)
         return _rpb_grad(window, d_scores) if problem.has_rpb else None

@@ -10,7 +10,7 @@ import torch
 
 import natrain
 from natrain.ops import gemm, naive, reference, registry
-from natrain.ops.gemm_plan import choose_gemm_tiling, gemm_tilings
+from natrain.ops.gemm_plan import RowStep, choose_gemm_tiling, choose_row_step_tiling, gemm_tilings
 from natrain.ops.geometry import weights_pitch
 from natrain.ops.problem import Window
 from tests.emulator.fixture import emulated
@@ -32,6 +32,15 @@ LONG_CAUSAL = Case(1, (330,), 1, 8, (190,), (1,), (3,), (True,), True)
 def on_the_cpu():
     with emulated(registry.get_kernel("gemm"), registry.get_kernel("naive"), seed=7):
         yield
+
+
+def take(monkeypatch, choose, choose_row_step=lambda *_: None) -> None:
+    """Let gemm take the tilings of these functions, and plan everything anew."""
+    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
+    monkeypatch.setattr(gemm, "choose_row_step_tiling", choose_row_step)
+    plans = {}
+    for module in (gemm, naive):
+        monkeypatch.setattr(module, "plans", plans)
 
 
 def check(case: Case, dtype: torch.dtype, tolerance: float | None = None, **variant) -> None:
@@ -59,10 +68,7 @@ def test_a_halo_larger_than_shared_memory_goes_in_chunks(case, on_the_cpu, monke
         chunked.append(tiling.chunk < tiling.halo[0] * tiling.halo[1] * tiling.halo[2])
         return tiling
 
-    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
-    plans = {}
-    for module in (gemm, naive):
-        monkeypatch.setattr(module, "plans", plans)
+    take(monkeypatch, choose)
     check(case, torch.float16)
     assert any(chunked)
 
@@ -75,10 +81,7 @@ def test_every_slot_of_a_row_is_written(case, dtype, on_the_cpu, monkeypatch):
     def choose(*problem):
         return min(gemm_tilings(*problem), key=lambda tiling: (tiling.chunk, tiling.cost))
 
-    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
-    plans = {}
-    for module in (gemm, naive):
-        monkeypatch.setattr(module, "plans", plans)
+    take(monkeypatch, choose)
     q, k, *_ = case.tensors(dtype, requires_grad=False)
     window = Window(case.kernel_size, case.dilation, case.stride, case.is_causal)
     pitch = weights_pitch(window.num_neighbors, dtype)
@@ -120,11 +123,62 @@ def test_a_wide_head_goes_in_slices(case, dtype, slices, whole, on_the_cpu, monk
         assert tilings, f"{problem[0]} has no tiling of {slices} slices"
         return min(tilings, key=lambda tiling: tiling.cost)
 
-    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
-    plans = {}
-    for module in (gemm, naive):
-        monkeypatch.setattr(module, "plans", plans)
+    take(monkeypatch, choose, (lambda step, *problem: choose("qk", *problem, step)) if whole else lambda *_: None)
     check(case, dtype)
+
+
+# Rows of 16 and of 5 slots, of more than a lane holds in registers, with planes that end early, of several widths.
+STEPPED = [
+    Case(2, (6, 7), 2, 16, (4, 4), (1, 1), (1, 1), (False, False), True),
+    Case(1, (40,), 2, 8, (5,), (2,), (1,), (False,), True),
+    Case(1, (17, 15), 2, 16, (13, 13), (1, 1), (1, 1), (False, False), True),
+    Case(1, (150,), 1, 16, (129,), (1,), (1,), (True,), True),
+    CAUSAL_PLANES,
+]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("case", STEPPED, ids=str)
+def test_softmax_and_its_derivative_in_qk(case, dtype, on_the_cpu, monkeypatch):
+    """Whole rows in shared memory, whatever else would be cheaper; with a gradient through lse."""
+    steps = []
+
+    def choose(step, *problem):
+        steps.append(step)
+        return min(gemm_tilings("qk", *problem, step), key=lambda tiling: tiling.cost)
+
+    take(monkeypatch, choose_gemm_tiling, choose)
+    check(case, dtype)
+    assert set(steps) == {RowStep.SOFTMAX, RowStep.SOFTMAX_GRAD}
+
+
+def test_dropout_comes_between_qk_and_the_derivative_of_the_softmax(on_the_cpu):
+    """The mask is one for forward and backward: equal to naive's, which knows no row steps."""
+    case = STEPPED[0]
+    q, k, v, rpb = case.tensors(torch.float32)
+    results = []
+    for kernel in ("gemm", "naive"):
+        torch.manual_seed(3)
+        out = natrain.na2d(q, k, v, 4, rpb=rpb, dropout_p=0.4, kernel=kernel)
+        results.append([out, *torch.autograd.grad(out, (q, k, v, rpb), torch.ones_like(out))])
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_where_the_softmax_happens():
+    """In qk for every layer of the zoo and most of the frozen sweep; not where rows are too long for shared memory."""
+    from natrain.bench import layers
+    from natrain.bench.strata import frozen_cases
+
+    def is_stepped(case, step):
+        problem = (case.spatial, case.window, case.head_dim, case.dtype)
+        return choose_row_step_tiling(step, *problem) is not None
+
+    steps = (RowStep.SOFTMAX, RowStep.SOFTMAX_GRAD)
+    zoo = [layer.case(torch.bfloat16, False) for layer in layers.LAYERS if layer.head_dim == 32]
+    assert zoo and all(is_stepped(case, step) for case in zoo for step in steps)
+    longest = max(frozen_cases(), key=lambda case: case.window.num_neighbors)
+    assert not any(is_stepped(longest, step) for step in steps)
 
 
 @pytest.mark.parametrize("columns", [8, 16])
@@ -136,10 +190,7 @@ def test_float32_is_multiplied_by_8_or_16_columns(case, columns, on_the_cpu, mon
             tilings = [tiling for tiling in tilings if tiling.columns == columns]
         return min(tilings, key=lambda tiling: tiling.cost)
 
-    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
-    plans = {}
-    for module in (gemm, naive):
-        monkeypatch.setattr(module, "plans", plans)
+    take(monkeypatch, choose)
     check(case, torch.float32)
 
 
