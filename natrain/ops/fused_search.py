@@ -37,6 +37,11 @@ _CACHE_BYTES, _MEMORY_BYTES = 38, 10.4  # a cycle and multiprocessor, of an H100
 # Of a block before its first image, by kind of table. Measured: 17,000, and 24,000 for the last; tables were then built
 # from global memory entry by entry, which took most of it.
 _SETUP_CYCLES = (10_000, 12_000, 15_000)
+# Of 16 columns, by kind of table; the first with a bias, which is then added score by score.
+_START_CYCLES = (70, 8, 0)
+# In float32: times what grows with the columns' rows where factors are rounded for every product (IS_ROUNDED of
+# csrc/fused/halo.cuh), times all for the warp of a block that has no other to hide what it rounds.
+_UNROUNDED, _LONE_WARP = 1.6, 1.2
 
 
 def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
@@ -121,7 +126,8 @@ class Costs:
         group: of 16 columns, besides what grows with their rows.
         word: of 16 columns, for 128 bytes of their rows.
         float32: times ``word``: twice the products, whose factors are rounded first.
-        starts: of 16 columns, by kind of table; the first with a bias, which is then added score by score.
+        column_uses: products that read a column; NATRAIN_COLUMN_USES of the kernel.
+        straight: in float32, times all of it for the straight-line code of a resident halo, which spills more.
         diagonals: of 16 columns whose share of the bias gradient does not stay in registers.
         chunk: beyond the first one.
         cached: rows of a warp that come from the second-level cache besides its columns, of K and V each.
@@ -133,7 +139,8 @@ class Costs:
     group: float
     word: float
     float32: float
-    starts: tuple[float, float, float]
+    column_uses: int
+    straight: float
     diagonals: float
     chunk: float
     cached: float
@@ -170,14 +177,14 @@ class Search:
     def group_cycles(self, columns: Columns) -> float:
         """Of 16 columns, besides what is the same for every plan."""
         if columns.start_table == 0:
-            return self.costs.starts[0] if self.space.has_rpb else 0
-        return self.costs.starts[columns.start_table]
+            return _START_CYCLES[0] if self.space.has_rpb else 0
+        return _START_CYCLES[columns.start_table]
 
     def least_of_block(self, block: Block) -> float:
         """At most the cost of any draft of this block: ``_cycles`` without the factors that are 1 at the least."""
         tokens = math.prod(block.box)
         chunks = self._fewest_chunks(block) if tokens > 16 * self.demands.most_groups else 1
-        work = self._warp_cycles(block.count, tokens // 16, 0, chunks, self._most_blocks(block.count))
+        work = self._warp_cycles(block, tokens // 16, 0, chunks, self._most_blocks(block.count))
         cycles = max(work, self._memory_cycles(block.count, math.prod(block.halo)))
         return block.combinations * self.space.batch * cycles / self.device.multiprocessors
 
@@ -383,10 +390,9 @@ class Search:
     def _cycles(self, draft: Draft, blocks: int) -> float:
         """Of a multiprocessor for one image of all its blocks."""
         block, columns, stages, _, _, _, chunks, computed, fetched = draft
-        work = self._warp_cycles(block.count, computed, self.group_cycles(columns), chunks, blocks)
+        work = self._warp_cycles(block, computed, self.group_cycles(columns), chunks, blocks)
         if self._is_float32:
-            # Straight-line code for a whole halo: more instructions than their cache holds, and more is spilled.
-            work *= 1.2 if columns.resident else 1
+            work *= self.costs.straight if columns.resident else 1
         else:
             work *= 1 if columns.resident else 1.3
         # What registers the warps of a multiprocessor lack is spilled.
@@ -397,13 +403,22 @@ class Search:
         hidden = 1 - (1.0 if stages == 1 else 0.35) / blocks
         return blocks * (work + memory - hidden * min(work, memory))
 
-    def _warp_cycles(self, warp_count: int, computed: int, of_group: float, chunks: float, blocks: int) -> float:
+    def _warp_cycles(self, block: Block, computed: int, of_group: float, chunks: float, blocks: int) -> float:
         """Of a block's warps for an image. Four schedulers share them; few warps wait for themselves."""
-        costs = self.costs
-        word = costs.word * (costs.float32 if self._is_float32 else 1)
+        costs, count = self.costs, block.count
+        word, alone = costs.word, 1.0
+        if self._is_float32:
+            word *= costs.float32 * (1 if self._is_rounded(block) else _UNROUNDED)
+            alone = _LONE_WARP if count == 1 else 1
         group = costs.group + of_group + word * self._row_bytes / 128
-        cycles = warp_count * (costs.tile + computed * group + costs.chunk * (chunks - 1)) / 4
-        return cycles * (1.2 if warp_count < 4 else 1) * max(1, 17 / (blocks * warp_count)) ** 0.72
+        cycles = count * (costs.tile + computed * group + costs.chunk * (chunks - 1)) / 4
+        return cycles * alone * (1.2 if count < 4 else 1) * max(1, 17 / (blocks * count)) ** 0.72
+
+    def _is_rounded(self, block: Block) -> bool:
+        """IS_ROUNDED of csrc/fused/halo.cuh, for TF32."""
+        axes = zip(block.box, block.warps, block.row_tile, strict=True)
+        covered = math.prod(box + (warps - 1) * rows for box, warps, rows in axes)
+        return self.costs.column_uses * block.count * math.prod(block.box) >= 2 * covered
 
     def _memory_cycles(self, warp_count: int, fetched: int) -> float:
         """Of a block for an image: columns and rows through the second-level cache, every row through memory."""
