@@ -3,8 +3,12 @@
   natrain kernels                                        the table of the README
   natrain kernels build model=nat_tiny dtype=bf16 arch=90 [kernel=naive,gemm] [img_size=384] [batch=128]
                                                          compile what a training step launches; needs no GPU
+  natrain kernels tune model=nat_tiny dtype=bf16 batch=128 [img_size=384]
+  natrain kernels tune shape=56x56 heads=2 head_dim=32 kernel_size=7 batch=128 dtype=bf16 rpb=true
+                                                         time ten more plans of every fused kernel on this GPU and keep
+                                                         the fastest for these problems; 10 to 20 s a problem
   natrain kernels list                                   what is compiled, with size, target and compiler
-  natrain kernels clear [NAME...]                        delete what is compiled, or what begins with a name
+  natrain kernels clear [NAME...]                        delete what is compiled and tuned, or what begins with a name
 arch is a CUDA capability (80, 90) or, for the cpu kernel, an instruction set (avx512, avx2, portable).
 `natrain doctor` says which kernels work on this machine."""
 
@@ -13,16 +17,16 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from natrain.errors import invalid, nearest
 
 if TYPE_CHECKING:
-    import torch
-
+    from natrain.bench.case import Case
     from natrain.ops.problem import Problem
 
-ACTIONS = ("build", "list", "clear")
+ACTIONS = ("build", "tune", "list", "clear")
 EXAMPLES = {"model": "nat_tiny", "dtype": "bf16", "arch": "90", "kernel": "naive", "batch": "128", "img_size": "224"}
 
 # What a kernel may lack, in the order of the columns: attribute of its limits, title.
@@ -42,15 +46,17 @@ ABILITIES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("action", nargs="?", metavar="ACTION", help="build, list or clear (default: the table)")
-    parser.add_argument("words", nargs="*", metavar="WORD", help="of build: key=value; of clear: names of entries")
+    parser.add_argument("action", nargs="?", metavar="ACTION", help="build, tune, list or clear (default: the table)")
+    parser.add_argument(
+        "words", nargs="*", metavar="WORD", help="of build and tune: key=value; of clear: names of entries"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     if arguments.action is None:
         print(kernel_table())
         return 0
-    actions = {"build": _build, "list": _list, "clear": _clear}
+    actions = {"build": _build, "tune": _tune, "list": _list, "clear": _clear}
     if arguments.action not in actions:
         best = nearest(arguments.action, ACTIONS) or "list"
         raise invalid("ACTION", arguments.action, f"one of {', '.join(ACTIONS)}", f"natrain kernels {best}")
@@ -59,8 +65,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _build(words: list[str]) -> int:
     """Compile what the attention layers of a model launch in training."""
-    import torch
-
     from natrain.jit.build import BuildError, find_built
     from natrain.jit.cuda import build_all, find_nvcc
     from natrain.ops.registry import get_kernel, kernels
@@ -69,13 +73,10 @@ def _build(words: list[str]) -> int:
     for key in ("model", "arch"):
         if key not in settings:
             raise invalid(key, None, "a value", f"natrain kernels build model=nat_tiny dtype=bf16 arch=90 ({key}=...)")
-    dtypes = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-    if settings["dtype"] not in dtypes:
-        raise invalid("dtype", settings["dtype"], f"one of {', '.join(dtypes)}", "dtype=bf16")
     arch, device, capability = _target(settings["arch"])
     chosen = [get_kernel(name) for name in settings["kernel"].split(",")] if settings["kernel"] else kernels()
     specs = {}
-    for problem in _problems(settings, dtypes[settings["dtype"]], device, capability):
+    for problem in _problems(settings, device, capability):
         for kernel in chosen:
             if reasons := kernel.limits.reasons(problem):
                 if settings["kernel"]:
@@ -99,13 +100,64 @@ def _build(words: list[str]) -> int:
     return 0
 
 
-def _settings(words: list[str]) -> dict[str, str]:
+def _tune(words: list[str]) -> int:
+    """Keep the fastest plans of the fused kernels for the layers of a model, or for one problem."""
+    import torch
+
+    from natrain.bench.one import text_of
+    from natrain.bench.plans import tune
+    from natrain.ops.precision import tf32_products
+
+    cases = _tuned_cases(words)
+    if not torch.cuda.is_available():
+        fix = "natrain kernels build model=nat_tiny arch=90, which needs no GPU"
+        raise invalid("device", "cpu", "a CUDA device: plans are timed on it", fix)
+    print(f"{len(cases)} problems on {torch.cuda.get_device_name()}", flush=True)
+    rows = [("problem", "kernel", "ms before", "ms now")]
+    with tf32_products(True):
+        for found in tune(cases):
+            rows.append((found.case.name, found.kernel, f"{found.before_ms:.4f}", f"{found.after_ms:.4f}"))
+            print(
+                f"  {found.kernel} of {found.case.name}: {found.before_ms:.4f} to {found.after_ms:.4f} ms", flush=True
+            )
+    print(text_of(rows))
+    print("a backward kernel is timed with the others of backward")
+    return 0
+
+
+def _tuned_cases(words: list[str]) -> list[Case]:
+    from natrain.bench.case import WORDS, Case
+
+    keys = [word.partition("=")[0] for word in words]
+    if "shape" in keys:
+        for word, key in zip(words, keys, strict=True):
+            if "=" not in word or key not in WORDS:
+                best = nearest(key, WORDS) or "shape"
+                raise invalid("setting", word, f"one of {', '.join(WORDS)} and a value", f"{best}=...")
+        case = Case.of(dict(word.split("=", 1) for word in words))
+        cases = [case]
+    else:
+        names = [name for name in EXAMPLES if name not in ("arch", "kernel")]
+        settings = {"dtype": "bf16", "batch": "128", "img_size": None, **_settings(words, names)}
+        if "model" not in settings:
+            fix = "natrain kernels tune model=nat_tiny dtype=bf16 batch=128, or shape=56x56 heads=2 ... of one problem"
+            raise invalid("model", None, "a value", fix)
+        cases = [
+            Case(p.spatial, p.batch, p.heads, p.head_dim, p.window, p.dtype, p.has_rpb)
+            for p in _problems(settings, "cuda", (9, 0))
+        ]
+    if cases[0].dtype_name == "fp64":
+        raise invalid("dtype", "fp64", "a dtype of the fused kernels: fp32, fp16, bf16", "dtype=bf16")
+    return cases
+
+
+def _settings(words: list[str], names: Sequence[str] = tuple(EXAMPLES)) -> dict[str, str]:
     settings = {}
     for word in words:
         key, equals, value = word.partition("=")
-        if key not in EXAMPLES or not equals:
-            best = nearest(key, EXAMPLES) or "model"
-            raise invalid("setting", word, f"one of {', '.join(EXAMPLES)} and a value", f"{best}={EXAMPLES[best]}")
+        if key not in names or not equals:
+            best = nearest(key, names) or "model"
+            raise invalid("setting", word, f"one of {', '.join(names)} and a value", f"{best}={EXAMPLES[best]}")
         settings[key] = value
     return settings
 
@@ -125,9 +177,7 @@ def _target(text: str) -> tuple[str, str, tuple[int, int] | None]:
     return arch_of(capability), "cuda", capability
 
 
-def _problems(
-    settings: dict[str, Any], dtype: torch.dtype, device: str, capability: tuple[int, int] | None
-) -> list[Problem]:
+def _problems(settings: dict[str, Any], device: str, capability: tuple[int, int] | None) -> list[Problem]:
     import timm
     import torch
 
@@ -135,6 +185,9 @@ def _problems(
     from natrain.models.problems import attention_problems
     from natrain.models.registry import default_input
 
+    dtypes = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    if settings["dtype"] not in dtypes:
+        raise invalid("dtype", settings["dtype"], f"one of {', '.join(dtypes)}", "dtype=bf16")
     name = settings["model"]
     if name not in list_models():
         best = nearest(name, list_models()) or "nat_tiny"
@@ -146,11 +199,13 @@ def _problems(
     with torch.device("meta"):
         model = timm.create_model(name, img_size=size)
     channels = model.pretrained_cfg["input_size"][0]
-    return list(attention_problems(model, (int(settings["batch"]), channels, *size), dtype, device, capability))
+    images = (int(settings["batch"]), channels, *size)
+    return list(attention_problems(model, images, dtypes[settings["dtype"]], device, capability))
 
 
 def _list(words: list[str]) -> int:
     from natrain.jit import cache
+    from natrain.ops import fused_tuned
 
     entries = cache.entries()
     rows = [("kernel", "target", "KiB", "compiler")]
@@ -160,17 +215,20 @@ def _list(words: list[str]) -> int:
     widths = [max(len(str(row[column])) for row in rows) for column in range(3)]
     for row in rows:
         print("  ".join([*(f"{value!s:{width}}" for value, width in zip(row, widths, strict=False)), row[3]]))
-    print(f"{len(entries)} compiled kernels in {cache.folder()}")
+    tuned = fused_tuned.count()
+    print(f"{len(entries)} compiled kernels in {cache.folder()}" + (f", {tuned} tuned plans" if tuned else ""))
     return 0
 
 
 def _clear(words: list[str]) -> int:
     from natrain.jit import cache
+    from natrain.ops import fused_tuned
 
     removed = cache.clear(words)
     if words and not removed:
         raise invalid("NAME", " ".join(words), "the beginning of an entry's name", "natrain kernels list")
-    print(f"{removed} compiled kernels deleted from {cache.folder()}")
+    tuned = 0 if words else fused_tuned.clear()
+    print(f"{removed} compiled kernels deleted from {cache.folder()}" + (f", {tuned} tuned plans" if tuned else ""))
     return 0
 
 

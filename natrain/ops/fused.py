@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,11 +91,12 @@ def _load(source: str, name: str, defines: tuple[tuple[str, object], ...], devic
 
 
 @functools.lru_cache
-def _device(index: int) -> Device:
+def device_of(index: int) -> Device:
+    """The GPU of that index, as plans know it."""
     if index < 0:  # nothing to ask
         return Device()
     properties = torch.cuda.get_device_properties(index)
-    return Device((properties.major, properties.minor), properties.multi_processor_count)
+    return Device((properties.major, properties.minor), properties.multi_processor_count, properties.name)
 
 
 def _space(problem: Problem) -> Space:
@@ -114,17 +116,29 @@ def _part(entry: str, problem: Problem, constants: _Constants, plan: Plan, geome
     return _Part(entry, plan, geometry, tuple(sorted(defines.items())))
 
 
+# By kernel; see ``taking``.
+_taken: dict[str, Plan] = {}
+
+
+def _plan(kernel: str, space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Plan:
+    if plan := _taken.get(kernel):
+        return plan
+    if kernel == "forward":
+        return choose_plan(space, demands, device)
+    return choose_gradient_plan(space, demands, device, bias_entries)
+
+
 def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Part:
     space = _space(problem)
     demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype)
-    plan = choose_plan(space, demands, device)
+    plan = _plan("forward", space, demands, device)
     return _part("forward", problem, constants, plan, plan.geometry(space))
 
 
 def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
     """backward_q.cu, then backward_kv.cu once, or for each gradient where both would not fit the registers."""
     entries = math.prod(problem.window.rpb_shape) if problem.has_rpb else 0
-    plan = choose_gradient_plan(_space(problem), demands_of_q(problem), device, entries)
+    plan = _plan("backward_q", _space(problem), demands_of_q(problem), device, entries)
     # Tables of the bias gradient that blocks leave for a head.
     partials = plan.grid // problem.heads
     geometry = plan.geometry(_space(problem)) + struct.pack("i", partials)
@@ -135,7 +149,7 @@ def backward_parts(problem: Problem, constants: _Constants, device: Device) -> l
     space = replace(_space(problem), heads=problem.kv_heads)
     wide = problem.head_dim + problem.value_dim > 256
     for gradients in (1, 2) if wide else (3,):
-        plan = choose_gradient_plan(space, demands_of_kv(problem, gradients), device)
+        plan = _plan("backward_kv", space, demands_of_kv(problem, gradients), device)
         geometry = struct.pack(
             "14i", *struct.unpack("10i", plan.geometry(space)[:40]), problem.heads // problem.kv_heads,
             problem.batch, plan.splits, partials,
@@ -203,6 +217,40 @@ class _Launch:
 # Keyed by all that a launch depends on but addresses; emptied when shapes keep changing. None: a tensor must be copied.
 _launches: dict[tuple, tuple[tuple[_Launch, ...], int] | None] = {}
 _MOST_LAUNCHES = 4096
+
+
+@contextmanager
+def launching(launches: dict) -> Iterator[None]:
+    """Calls launch what ``launches`` remembers, and remember there what it does not hold yet."""
+    global _launches
+    before, _launches = _launches, launches
+    try:
+        yield
+    finally:
+        _launches = before
+
+
+def launches() -> dict:
+    """What calls have planned so far, for ``launching``."""
+    return _launches
+
+
+@contextmanager
+def taking(kernel: str, plan: Plan) -> Iterator[None]:
+    """Let ``kernel`` (forward, backward_q or backward_kv) take ``plan``, and plan everything anew."""
+    with launching({}):
+        _taken[kernel] = plan
+        try:
+            yield
+        finally:
+            del _taken[kernel]
+
+
+def forget_plans() -> None:
+    """Choose anew for what comes: another plan may be the fastest known."""
+    _launches.clear()
+    choose_plan.cache_clear()
+    choose_gradient_plan.cache_clear()
 
 
 def _remember(key: tuple, value: tuple[tuple[_Launch, ...], int] | None):
@@ -295,7 +343,7 @@ class FusedCuda(FusedKernel):
         # out has no gaps, and may be wider than any of them.
         out = Layout(0, (0, 0, 0), 0, problem.num_tokens * problem.heads * problem.value_dim)
         offset = offset_type(*map(Layout.of, tensors), out)
-        part = forward_part(problem, _constants(problem, offset), _device(device))
+        part = forward_part(problem, _constants(problem, offset), device_of(device))
         return (_Launch.of(part, tensors, device),), 0
 
     def backward(
@@ -353,7 +401,7 @@ class FusedCuda(FusedKernel):
             return None
         offset = offset_type(*map(Layout.of, tensors))
         problem = replace(problem, needs_grad=True)
-        parts = backward_parts(problem, _constants(problem, offset), _device(device))
+        parts = backward_parts(problem, _constants(problem, offset), device_of(device))
         overlaps = can_overlap(device)
         launches = [_Launch.of(part, tensors, device, overlaps and index > 0) for index, part in enumerate(parts)]
         return tuple(launches), parts[0].plan.grid // problem.heads

@@ -36,10 +36,11 @@ def shared_capacity(capability: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on of a GPU."""
+    """What a plan depends on of a GPU. ``name``: of the one at hand, whose own plans may have been measured."""
 
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
+    name: str = ""
 
 
 @dataclass(frozen=True)

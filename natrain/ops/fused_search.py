@@ -1,4 +1,4 @@
-"""How the best plan of a fused kernel is found: blocks, drafts of what is legal, a model of cost. Pure functions.
+"""How the best plan of a fused kernel is found: blocks, drafts of what is legal, a model of cost.
 
 Blocks are a row tile, its box and its warps; for each there are drafts of how it may go over its columns. A problem
 has up to 30,000 drafts, so that the search takes the blocks by a bound of their cost and ends where no other can be
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from natrain.ops import fused_tuned
 from natrain.ops.fused_measured import measured, measured_choice
 from natrain.ops.fused_plan import STAGED_BIAS_BYTES, Demands, Device, Plan, shared_capacity
 from natrain.ops.fused_tiles import (
@@ -217,8 +218,12 @@ class Search:
         return plan.cost, plan.stages, plan.shared_bytes
 
     def best(self, kernel: str) -> Plan | None:
-        """The plan that was measured to be best (``kernel`` as in ``measured``), where one was, else that of the least
-        cost; None where none is legal."""
+        """The plan that was measured to be best (``kernel`` as in ``measured``), on this GPU or on ours, where one was,
+        else that of the least cost; None where none is legal."""
+        if own := fused_tuned.find(kernel, self.space, self.demands, self.device):
+            plans = self.plans(tuple(own["row_tile"]), tuple(own["warps"]))
+            if plan := fused_tuned.matching(own, plans):
+                return plan
         head_dim = max(self.demands.columns)
         if choice := measured_choice(kernel, self.space, head_dim):
             row_tile, warps, *_ = choice

@@ -204,6 +204,7 @@ class _Primitive:
 _SCORES_COST = {False: 33, True: 27}
 _WEIGHTS_COST = {True: 46, False: 97}
 _MOVED_COST = 0.56  # of 16 bytes through memory
+_MOST_ROW_BYTES = 208  # of weights whose softmax qk takes: 96 slots of 16 bits, kernel size 7 in float32
 
 
 def _chunks(halo: tuple[int, int, int]) -> list[int]:
@@ -325,11 +326,15 @@ def choose_row_step_tiling(
     max_shared_bytes: int = SHARED_BYTES,
 ) -> GemmTiling | None:
     """The cheapest tiling of qk that also does ``row_step``, or None where qk alone and then a kernel that reads and
-    writes all weights cost less, as they may where rows are so long that halos go through shared memory in chunks."""
+    writes all weights cost less: where rows are long, measured (an H200, 54 problems of the frozen sweep), or where halos
+    go through shared memory in chunks."""
     problem = ("qk", spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
+    row_bytes = weights_pitch(window.num_neighbors, dtype) * dtype.itemsize
+    if row_bytes > _MOST_ROW_BYTES:
+        return None
     best = min(gemm_tilings(*problem, row_step), key=lambda tiling: tiling.cost, default=None)
     alone = choose_gemm_tiling(*problem)
     if best is None or alone is None:
         return None
-    pieces = math.prod(spatial) * weights_pitch(window.num_neighbors, dtype) * dtype.itemsize / ACCESS_BYTES
+    pieces = math.prod(spatial) * row_bytes / ACCESS_BYTES
     return best if best.cost <= alone.cost + 2 * _MOVED_COST * pieces else None

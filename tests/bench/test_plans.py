@@ -8,16 +8,17 @@ import torch
 
 from natrain.bench import layers
 from natrain.bench.case import Case
+from natrain.bench.plans import plans
 from natrain.ops.fused_plan import Device
 
 
 def test_the_choice_and_others(repository):
-    script = runpy.run_path(str(repository / "scripts/bench_plans.py"))
+    describe = runpy.run_path(str(repository / "scripts/bench_plans.py"))["describe"]
     layer = next(layer for layer in layers.LAYERS if layer.name == "7/1")
-    found = script["plans"](layer.case(torch.bfloat16, True), Device(), 3)
+    found = plans(layer.case(torch.bfloat16, True), Device(), 3)
     assert len(set(found)) == len(found) == 4
     assert (found[0].row_tile, found[0].warps) == ((1, 2, 8), (1, 4, 1))  # as measured
-    assert "stages 2" in script["describe"](found[0])
+    assert "stages 2" in describe(found[0])
 
 
 def test_tilings_of_every_kind(repository):

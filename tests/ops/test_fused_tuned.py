@@ -1,0 +1,155 @@
+"""Plans that were measured on the GPU at hand: kept, found again there and only there, taken in place of the choice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import natrain
+from natrain.bench import layers, plans
+from natrain.bench.case import Case
+from natrain.cli import main
+from natrain.ops import fused, fused_tuned
+from natrain.ops.fused_plan import Device
+from tests.ops.oracle import dense_attention
+
+HERE = Device(name="a GPU")
+WORDS = {"shape": "20x19", "batch": 2, "heads": 2, "head_dim": 32, "kernel_size": 5, "dtype": "fp16", "rpb": True}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path))
+    fused.forget_plans()
+    yield tmp_path
+    fused.forget_plans()
+
+
+def stored(case: Case, kernel: str, plan, device=HERE) -> dict:
+    asked = plans._Question.of(case, kernel)
+    path = fused_tuned.store(kernel, asked.space, asked.demands, device, plan, 0.1)
+    fused.forget_plans()
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("kernel", plans.KERNELS)
+@pytest.mark.parametrize(
+    "case", [Case.of(WORDS), layers.LAYERS[0].case(torch.bfloat16, True)], ids=lambda case: case.name
+)
+def test_a_stored_plan_is_taken_on_its_gpu_alone(case, kernel):
+    chosen, *_, other = plans.plans(case, HERE, 5, kernel)
+    assert other != chosen
+    content = stored(case, kernel, other)
+    assert content["device"] == "a GPU" and content["plan"] == fused_tuned.choice_of(other)
+    for device, expected in ((HERE, other), (Device(), chosen), (Device(name="another"), replace(chosen))):
+        assert plans.plans(case, device, 1, kernel)[0] == expected, device
+    problem = case.with_batch(3)
+    assert plans.plans(problem, HERE, 1, kernel)[0] == plans.plans(problem, Device(), 1, kernel)[0]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plan": 3}', '{"plan": {"row_tile": [1, 1, 16]}}'])
+def test_a_file_that_holds_no_plan_is_passed_over(text, own_cache):
+    case = Case.of(WORDS)
+    chosen, other = plans.plans(case, HERE, 1)
+    stored(case, "forward", other)
+    (path,) = (own_cache / "plans").glob("*.json")
+    path.write_text(text)
+    assert plans.plans(case, HERE, 1)[0] == chosen
+
+
+def test_a_plan_that_is_no_longer_legal_is_passed_over():
+    case = Case.of(WORDS)
+    chosen, other = plans.plans(case, HERE, 1)
+    stored(case, "forward", replace(other, stages=9))
+    assert plans.plans(case, HERE, 1)[0] == chosen
+
+
+def test_other_sources_have_plans_of_their_own(monkeypatch):
+    case = Case.of(WORDS)
+    chosen, other = plans.plans(case, HERE, 1)
+    stored(case, "forward", other)
+    monkeypatch.setattr(fused_tuned, "_sources", lambda: "changed")
+    assert plans.plans(case, HERE, 1)[0] == chosen
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """Times of the plans of a GPU that is not there: later ones by cost are faster, by less than 1 % the next one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: HERE.name)
+    monkeypatch.setattr(fused, "device_of", lambda index: HERE)
+    monkeypatch.setattr(plans, "compile_all", lambda wanted, arch: None)
+
+    def timed(kernel, case, found):
+        factors = {"forward": 0.5, "backward_q": 0.995, "backward_kv": 2.0}
+        yield from ((1.0 if index == 0 else factors[kernel], plan) for index, plan in enumerate(found))
+
+    monkeypatch.setattr(plans, "timed", timed)
+
+
+def test_tuning_keeps_what_is_faster(a_gpu, own_cache):
+    case = Case.of(WORDS)
+    before = {kernel: plans.plans(case, HERE, 1, kernel) for kernel in plans.KERNELS}
+    found = list(plans.tune([case], most=3))
+    assert [(x.kernel, x.before_ms, x.after_ms) for x in found] == [
+        ("forward", 1.0, 0.5),
+        ("backward_q", 1.0, 1.0),
+        ("backward_kv", 1.0, 1.0),
+    ]
+    after = {kernel: plans.plans(case, HERE, 1, kernel)[0] for kernel in plans.KERNELS}
+    assert after["forward"] == before["forward"][1]
+    assert all(after[kernel] == before[kernel][0] for kernel in ("backward_q", "backward_kv"))
+    assert len(list((own_cache / "plans").iterdir())) == 3
+
+
+def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
+    assert main(["kernels", "tune", "model=nat_mini", "batch=8"]) == 0
+    output = capsys.readouterr().out
+    assert (
+        output.startswith("4 problems on a GPU")
+        and "forward of na2d 56x56 b8 n2 d32 k7 rpb=1 bf16: 1.0000 to 0.5000" in output
+    )
+    assert main(["kernels", "list"]) == 0
+    assert "0 compiled kernels" in (listed := capsys.readouterr().out) and "12 tuned plans" in listed
+    assert main(["kernels", "clear"]) == 0
+    assert "12 tuned plans" in capsys.readouterr().out and fused_tuned.count() == 0
+
+
+@pytest.mark.parametrize(
+    "words, argument, fix",
+    [
+        (["model=nat_tiny"], "device='cpu'", "natrain kernels build"),
+        ([], "model=None", "natrain kernels tune model=nat_tiny"),
+        (["modle=nat_tiny"], "setting='modle=nat_tiny'", "model=nat_tiny"),
+        (["model=nat_tiny", "arch=90"], "setting='arch=90'", "one of model, dtype, batch, img_size"),
+        (["shape=8x8", "heads=2"], "head_dim=None", "head_dim=32"),
+        (["shape=8x8", "heads"], "setting='heads'", "heads=..."),
+        (["shape=8x8", "heads=2", "head_dim=8", "kernel_size=3", "dtype=fp64"], "dtype='fp64'", "dtype=bf16"),
+    ],
+)
+def test_one_clear_error(words, argument, fix, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["kernels", "tune", *words]) != 0
+    message = capsys.readouterr().err
+    assert argument in message and fix in message and message.count("\n") <= 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_a_tuned_problem_is_still_right(dtype):
+    """Every kernel tuned on the device at hand, then called as anybody calls it."""
+    case = Case.of({**WORDS, "dtype": dtype})
+    found = list(plans.tune([case], most=3))
+    assert [x.kernel for x in found] == list(plans.KERNELS) and all(0 < x.after_ms <= x.before_ms for x in found)
+    assert fused_tuned.count() == 3
+    q, k, v = (torch.randn(case.shape, dtype=case.dtype, device="cuda") for _ in range(3))
+    rpb = torch.randn(case.heads, *case.window.rpb_shape, device="cuda")
+    out = natrain.na2d(q, k, v, 5, rpb=rpb, kernel="fused")
+    window = {"kernel_size": (5, 5), "dilation": (1, 1), "stride": (1, 1), "is_causal": (False, False)}
+    expected, _ = dense_attention(*(x.double().cpu() for x in (q, k, v, rpb)), window, 32**-0.5)
+    torch.testing.assert_close(out.double().cpu(), expected, atol=4e-3, rtol=4e-3)
