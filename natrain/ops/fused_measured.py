@@ -1,8 +1,8 @@
 """Plans of the fused kernels that were measured to be the fastest, for the layers that are measured.
 
 Taken by ``choose_plan`` and ``choose_gradient_plan`` before their models of cost are asked. From
-``scripts/bench_plans.py`` on an H100 (bfloat16, 20 to 30 plans a layer); docs/performance.md has the times. A layer of
-one's own is tuned by a line here.
+``scripts/bench_plans.py`` on an H100 (bfloat16, 20 to 30 plans a layer); docs/performance.md has the times. Layers of
+one's own: ``natrain kernels tune`` (fused_tuned.py).
 """
 
 from __future__ import annotations
@@ -70,14 +70,30 @@ _WITH_BIAS: dict[str, dict[_Key, _Choice]] = {
         _LINE_16384: ((1, 1, 16), (1, 1, 4), 2, 0, (1, 1, 64), False),
     },
 }
+# In float32 as TF32, on an H200, 15 plans a layer with a bias.
+_FLOAT32: dict[str, dict[_Key, _Choice]] = {
+    "forward": {
+        _NAT_56: ((1, 8, 2), (1, 1, 7), 1, 1, (1, 14, 8), True),
+        _NAT_28: ((1, 8, 2), (1, 1, 7), 1, 1, (1, 14, 8), True),
+        _NAT_14: ((1, 16, 1), (1, 1, 14), 2, 1, (1, 14, 8), True),
+    },
+    "backward_q": {_NAT_14: ((1, 8, 2), (1, 1, 7), 2, 1, (1, 12, 8), True)},
+    "backward_kv": {
+        _NAT_56: ((1, 2, 8), (1, 4, 1), 1, 1, (1, 11, 16), True),
+        _NAT_28: ((1, 2, 8), (1, 2, 2), 2, 1, (1, 4, 16), False),
+        _NAT_14: ((1, 1, 16), (1, 7, 1), 2, 1, (1, 10, 16), True),
+    },
+}
 
 
 def measured_choice(kernel: str, space: Space, head_dim: int) -> _Choice | None:
     """What was measured to be best, if this problem was; the arguments are those of ``measured``."""
-    if space.itemsize != 2 or any(axis.stride > 1 or axis.is_causal for axis in space.axes):
+    if any(axis.stride > 1 or axis.is_causal for axis in space.axes):
         return None
     lengths, kernel_size = zip(*((axis.group_lengths[0], axis.kernel_size) for axis in space.axes), strict=True)
     key = lengths, kernel_size, head_dim
+    if space.itemsize == 4:
+        return _FLOAT32[kernel].get(key)
     wanted = _PLANS[kernel].get(key)
     return _WITH_BIAS[kernel].get(key, wanted) if space.has_rpb else wanted
 

@@ -326,8 +326,8 @@ def choose_row_step_tiling(
     max_shared_bytes: int = SHARED_BYTES,
 ) -> GemmTiling | None:
     """The cheapest tiling of qk that also does ``row_step``, or None where qk alone and then a kernel that reads and
-    writes all weights cost less: where rows are long, measured (an H200, 54 problems of the frozen sweep), or where halos
-    go through shared memory in chunks."""
+    writes all weights cost less: where rows are long (measured on an H200, 54 problems of the frozen sweep), or where
+    halos go through shared memory in chunks."""
     problem = ("qk", spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
     row_bytes = weights_pitch(window.num_neighbors, dtype) * dtype.itemsize
     if row_bytes > _MOST_ROW_BYTES:

@@ -55,17 +55,20 @@ def test_twice_the_work_takes_twice_as_long(timer):
 
 @pytest.mark.gpu
 def test_what_the_host_takes_counts_by_events_alone():
-    """A call that enqueues a little work, then dawdles, then enqueues some more."""
+    """A call that enqueues a little work, then dawdles, then enqueues some more.
+
+    Where other processes use the GPU too, a start event may be late by what they take: the call dawdles far longer.
+    """
     x = torch.randn(1000, device="cuda")
 
     def call():
         x.mul_(0.5)
-        time.sleep(3e-3)
+        time.sleep(60e-3)
         x.mul_(2)
 
     events, device = (measure({"call": call}, runs=10, timer=timer)["call"] for timer in ("events", "device"))
-    assert events.low_ms > 2.5
-    assert device.low_ms < 0.5 * events.low_ms
+    assert events.high_ms > 30
+    assert device.low_ms < 0.5 * events.high_ms
 
 
 @pytest.mark.gpu

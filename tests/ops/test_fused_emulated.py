@@ -112,7 +112,7 @@ def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):
     results = []
     for multiprocessors in (1, 500):
         device = fused.Device((9, 0), multiprocessors)
-        monkeypatch.setattr(fused, "_device", lambda index, device=device: device)
+        monkeypatch.setattr(fused, "device_of", lambda index, device=device: device)
         monkeypatch.setattr(fused, "_launches", {})
         with emulated(get_kernel("fused")):
             results.append(judge.outputs(case, inputs, "fused"))
