@@ -16,7 +16,7 @@ DIRECTIONS = ("forward", "backward")
 # Products of queries, keys, values or their gradients: q.k and p.v; again q.k, d_out.v, and one a gradient.
 _PRODUCTS = {"forward": 2, "backward": 5}
 _FEATURES = {"forward": 4, "backward": 8}  # q, k, v, out; with d_out and three gradients
-_WEIGHT_MOVES = {"forward": 4, "backward": 7}  # of an unfused kernel: see ``unfused_floor_bytes``
+_WEIGHT_MOVES = {"forward": 2, "backward": 5}  # of an unfused kernel: see ``unfused_floor_bytes``
 
 
 def flops(case: Case, direction: str) -> int:
@@ -44,8 +44,8 @@ def floor_bytes(case: Case, direction: str) -> int:
 
 
 def unfused_floor_bytes(case: Case, direction: str) -> int:
-    """And the weights: written by qk, read and written by the softmax, read by av; backward read for d_v, written as
-    d_probs, three times in the softmax's derivative, read for d_q and for d_k."""
+    """And the weights, at the least: written and read once forward; backward read for d_v and for the derivative of the
+    softmax, whose result is written, and read for d_q and for d_k."""
     return floor_bytes(case, direction) + _WEIGHT_MOVES[direction] * weight_bytes(case)
 
 

@@ -104,8 +104,8 @@ _GAIN_TEXT = (
     "Gain: the baseline's time over the contender's, less one; over problems the arithmetic mean, minimum and maximum, "
     "as the paper's tables 3 and 4 give it (arXiv 2403.04690), with the geometric mean of the speed-up beside it. The "
     "most that memory lets a kernel gain: a contender that takes what its bytes take at the speed of a copy; one that "
-    "moves q, k, v, out and their gradients once, and one that stores attention weights besides, which the softmax and "
-    "products read and write again."
+    "moves q, k, v, out and their gradients once, and one that stores attention weights besides, and touches them no "
+    "more than it must: forward twice, backward five times."
 )
 _WIN_TEXT = "Percentage of problems on which the row is faster than the column, as in the paper's tables 1 and 2."
 _HEAT_TEXT = (
