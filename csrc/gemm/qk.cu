@@ -122,14 +122,19 @@ struct Scores {
   }
 };
 
-// One of two lanes that share a row of weights in shared memory: every second piece of it.
+// One of two lanes that share a row of weights in shared memory: every second piece of it, which the other never touches.
 struct HalfRow {
-  static constexpr int OWN = (HELD_PIECES + 1) / 2;  // pieces, the last one perhaps past the end
+  static constexpr int OWN = (HELD_PIECES + 1) / 2;  // pieces, the last one perhaps past the end: zeros
   int first;                                         // piece
 
   __device__ __forceinline__ int piece(int i) const { return 2 * i + first; }
   __device__ __forceinline__ void read(const Element* row, int i, float (&to)[PIECE]) const {
-    load_mutable<PIECE>(row + min(piece(i), HELD_PIECES - 1) * PIECE, to);
+    if (piece(i) < HELD_PIECES) {
+      load_mutable<PIECE>(row + piece(i) * PIECE, to);
+    } else {
+#pragma unroll
+      for (int j = 0; j < PIECE; ++j) to[j] = 0;
+    }
   }
   // Calls visit(element of a piece) for those that are a slot of the window.
   template <class Visit>

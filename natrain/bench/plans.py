@@ -54,6 +54,7 @@ class _Question:
 def plans(case: Case, device: Device, most: int, kernel: str = "forward") -> list[Plan]:
     """The choice first, then ``most`` others by cost, no more than four of one row tile and block."""
     asked = _Question.of(case, kernel)
+    device = fused.device_for(case.problem("cuda", device.capability), device)
     if kernel == "forward":
         chosen = choose_plan(asked.space, asked.demands, device)
         others = candidates(asked.space, asked.demands, device)
@@ -64,6 +65,8 @@ def plans(case: Case, device: Device, most: int, kernel: str = "forward") -> lis
     found = [chosen]
     for plan in sorted(others, key=lambda plan: plan.cost):
         kind = plan.row_tile, plan.warps
+        if 4 * plan.grid * asked.bias_entries > fused.MAX_BIAS_WORKSPACE:
+            continue
         if plan != chosen and alike[kind] < 4 and len(found) <= most:
             alike[kind] += 1
             found.append(plan)
@@ -138,6 +141,7 @@ def tune(cases: Iterable[Case], most: int = 10) -> Iterator[Tuned]:
             if results[best] > 0.99 * before:
                 best = found[0]
             asked = _Question.of(case, kernel)
-            fused_tuned.store(kernel, asked.space, asked.demands, device, best, results[best])
+            own = fused.device_for(case.problem("cuda", device.capability), device)
+            fused_tuned.store(kernel, asked.space, asked.demands, own, best, results[best])
             fused.forget_plans()
             yield Tuned(case, kernel, before, results[best])

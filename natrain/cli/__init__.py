@@ -24,7 +24,7 @@ COMMANDS = {
     "export": ("export", "models for other programs: natrain export --checkpoint FILE --to onnx --out model.onnx"),
     "surgery": ("surgery", "weights for another size: natrain surgery IN OUT kernel_size=11 img_size=384"),
     "models": ("models", "models, their parameters and input sizes: natrain models 'dinat*'"),
-    "kernels": ("kernels", "attention kernels and what each can do; build, list, clear: compiled ones"),
+    "kernels": ("kernels", "attention kernels and what each can do; build, tune, list, clear: compiled ones"),
     "bench": ("bench", "kernels on one problem: natrain bench shape=56x56 heads=2 head_dim=32 kernel_size=7"),
     "ablate": ("ablate", "many problems, models or trainings from a yaml: natrain ablate ablation=nat_layers"),
     "report": ("report", "a page of results: natrain report runs/ablations/NAME"),

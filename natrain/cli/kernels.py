@@ -106,6 +106,7 @@ def _tune(words: list[str]) -> int:
 
     from natrain.bench.one import text_of
     from natrain.bench.plans import tune
+    from natrain.jit.build import BuildError
     from natrain.ops.precision import tf32_products
 
     cases = _tuned_cases(words)
@@ -114,19 +115,23 @@ def _tune(words: list[str]) -> int:
         raise invalid("device", "cpu", "a CUDA device: plans are timed on it", fix)
     print(f"{len(cases)} problems on {torch.cuda.get_device_name()}", flush=True)
     rows = [("problem", "kernel", "ms before", "ms now")]
+    status = 0
     with tf32_products(True):
-        for found in tune(cases):
-            rows.append((found.case.name, found.kernel, f"{found.before_ms:.4f}", f"{found.after_ms:.4f}"))
-            print(
-                f"  {found.kernel} of {found.case.name}: {found.before_ms:.4f} to {found.after_ms:.4f} ms", flush=True
-            )
+        try:
+            for found in tune(cases):
+                rows.append((found.case.name, found.kernel, f"{found.before_ms:.4f}", f"{found.after_ms:.4f}"))
+                print(f"  {' '.join(rows[-1])}", flush=True)
+        except BuildError as error:
+            print(error)
+            status = 1
     print(text_of(rows))
     print("a backward kernel is timed with the others of backward")
-    return 0
+    return status
 
 
 def _tuned_cases(words: list[str]) -> list[Case]:
     from natrain.bench.case import WORDS, Case
+    from natrain.ops.registry import get_kernel
 
     keys = [word.partition("=")[0] for word in words]
     if "shape" in keys:
@@ -134,8 +139,7 @@ def _tuned_cases(words: list[str]) -> list[Case]:
             if "=" not in word or key not in WORDS:
                 best = nearest(key, WORDS) or "shape"
                 raise invalid("setting", word, f"one of {', '.join(WORDS)} and a value", f"{best}=...")
-        case = Case.of(dict(word.split("=", 1) for word in words))
-        cases = [case]
+        cases = [Case.of(dict(word.split("=", 1) for word in words))]
     else:
         names = [name for name in EXAMPLES if name not in ("arch", "kernel")]
         settings = {"dtype": "bf16", "batch": "128", "img_size": None, **_settings(words, names)}
@@ -146,8 +150,12 @@ def _tuned_cases(words: list[str]) -> list[Case]:
             Case(p.spatial, p.batch, p.heads, p.head_dim, p.window, p.dtype, p.has_rpb)
             for p in _problems(settings, "cuda", (9, 0))
         ]
-    if cases[0].dtype_name == "fp64":
-        raise invalid("dtype", "fp64", "a dtype of the fused kernels: fp32, fp16, bf16", "dtype=bf16")
+        if not cases:
+            raise invalid("model", settings["model"], "a model with neighborhood attention", "model=nat_tiny")
+    for case in cases:
+        if reasons := get_kernel("fused").limits.reasons(case.problem("cuda", (9, 0))):
+            fix = "natrain kernels tune shape=56x56 heads=2 head_dim=32 kernel_size=7 dtype=bf16"
+            raise invalid("problem", case.name, f"one of the fused kernels; {'; '.join(reasons)}", fix)
     return cases
 
 

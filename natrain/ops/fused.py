@@ -99,6 +99,15 @@ def device_of(index: int) -> Device:
     return Device((properties.major, properties.minor), properties.multi_processor_count, properties.name)
 
 
+def device_for(problem: Problem, device: Device) -> Device:
+    """``device`` as the plans of ``problem`` are kept for it: what they depend on besides shapes goes into its name."""
+    if not device.tuned_as:
+        return device
+    terms = _constants(problem, "int").tf32_terms
+    grouped = problem.heads // problem.kv_heads
+    return replace(device, tuned_as=f"{device.tuned_as}, {problem.dtype}, {terms} terms, {grouped} heads a key")
+
+
 def _space(problem: Problem) -> Space:
     return Space.of(
         problem.spatial,
@@ -129,7 +138,7 @@ def _plan(kernel: str, space: Space, demands: Demands, device: Device, bias_entr
 
 
 def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Part:
-    space = _space(problem)
+    space, device = _space(problem), device_for(problem, device)
     demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype)
     plan = _plan("forward", space, demands, device)
     return _part("forward", problem, constants, plan, plan.geometry(space))
@@ -137,6 +146,7 @@ def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Pa
 
 def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
     """backward_q.cu, then backward_kv.cu once, or for each gradient where both would not fit the registers."""
+    device = device_for(problem, device)
     entries = math.prod(problem.window.rpb_shape) if problem.has_rpb else 0
     plan = _plan("backward_q", _space(problem), demands_of_q(problem), device, entries)
     # Tables of the bias gradient that blocks leave for a head.

@@ -36,11 +36,14 @@ def shared_capacity(capability: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on of a GPU. ``name``: of the one at hand, whose own plans may have been measured."""
+    """What a plan depends on of a GPU.
+
+    ``tuned_as``: what plans that were measured on the GPU at hand are kept under (fused_tuned.py); "": none are.
+    """
 
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
-    name: str = ""
+    tuned_as: str = ""
 
 
 @dataclass(frozen=True)

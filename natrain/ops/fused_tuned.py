@@ -1,8 +1,8 @@
 """Plans that were measured to be the fastest on this machine's GPU: ``natrain kernels tune`` keeps them, planning asks.
 
 One small file a kernel and problem beside the compiled kernels, named by a hash of what the plan depends on: the GPU's
-name, the kernel's sources, the problem's shape and what a block holds. So a plan of other sources or of another GPU is
-never met, and a process finds a file whole or not at all.
+name, the kernel's sources, the problem's shape, dtype and precision, and what a block holds. So a plan of other sources
+or of another GPU is never met, and a process finds a file whole or not at all.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def find(kernel: str, space: Space, demands: Demands, device: Device) -> dict[st
 
     Args:
         kernel: forward, backward_q or backward_kv.
-        device: one without a name has no plans.
+        device: that has plans of its own where ``tuned_as`` says so.
     """
-    if not device.name:
+    if not device.tuned_as:
         return None
     try:
         choice = json.loads(_path(kernel, space, demands, device).read_text())["plan"]
+        is_whole = set(choice) == set(_CHOICE) and all(len(choice[name]) == 3 for name in ("row_tile", "warps"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return choice if isinstance(choice, dict) and set(choice) == set(_CHOICE) else None
+    return choice if is_whole else None
 
 
 def matching(choice: dict[str, Any], plans: Iterable[Plan]) -> Plan | None:
@@ -60,7 +61,7 @@ def store(kernel: str, space: Space, demands: Demands, device: Device, plan: Pla
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     content = {
         "kernel": kernel,
-        "device": device.name,
+        "device": device.tuned_as,
         "problem": dataclasses.asdict(space),
         "plan": choice_of(plan),
         "milliseconds": milliseconds,

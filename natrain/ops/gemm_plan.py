@@ -204,7 +204,7 @@ class _Primitive:
 _SCORES_COST = {False: 33, True: 27}
 _WEIGHTS_COST = {True: 46, False: 97}
 _MOVED_COST = 0.56  # of 16 bytes through memory
-_MOST_ROW_BYTES = 208  # of weights whose softmax qk takes: 96 slots of 16 bits, kernel size 7 in float32
+_MOST_ROW_BYTES = 208  # of weights whose softmax qk takes: 104 slots of 16 bits, 52 of 32
 
 
 def _chunks(halo: tuple[int, int, int]) -> list[int]:

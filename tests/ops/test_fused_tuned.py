@@ -14,9 +14,10 @@ from natrain.bench.case import Case
 from natrain.cli import main
 from natrain.ops import fused, fused_tuned
 from natrain.ops.fused_plan import Device
+from natrain.ops.precision import tf32_products
 from tests.ops.oracle import dense_attention
 
-HERE = Device(name="a GPU")
+HERE = Device(tuned_as="a GPU")
 WORDS = {"shape": "20x19", "batch": 2, "heads": 2, "head_dim": 32, "kernel_size": 5, "dtype": "fp16", "rpb": True}
 
 
@@ -30,7 +31,8 @@ def own_cache(tmp_path, monkeypatch):
 
 def stored(case: Case, kernel: str, plan, device=HERE) -> dict:
     asked = plans._Question.of(case, kernel)
-    path = fused_tuned.store(kernel, asked.space, asked.demands, device, plan, 0.1)
+    own = fused.device_for(case.problem("cuda", (9, 0)), device)
+    path = fused_tuned.store(kernel, asked.space, asked.demands, own, plan, 0.1)
     fused.forget_plans()
     return json.loads(path.read_text())
 
@@ -43,14 +45,20 @@ def test_a_stored_plan_is_taken_on_its_gpu_alone(case, kernel):
     chosen, *_, other = plans.plans(case, HERE, 5, kernel)
     assert other != chosen
     content = stored(case, kernel, other)
-    assert content["device"] == "a GPU" and content["plan"] == fused_tuned.choice_of(other)
-    for device, expected in ((HERE, other), (Device(), chosen), (Device(name="another"), replace(chosen))):
+    assert content["device"].startswith(f"a GPU, {case.dtype}") and content["plan"] == fused_tuned.choice_of(other)
+    for device, expected in ((HERE, other), (Device(), chosen), (Device(tuned_as="another"), replace(chosen))):
         assert plans.plans(case, device, 1, kernel)[0] == expected, device
-    problem = case.with_batch(3)
-    assert plans.plans(problem, HERE, 1, kernel)[0] == plans.plans(problem, Device(), 1, kernel)[0]
+    for problem in (
+        case.with_batch(3),
+        replace(case, dtype={torch.float16: torch.bfloat16}.get(case.dtype, torch.float16)),
+    ):
+        assert plans.plans(problem, HERE, 1, kernel)[0] == plans.plans(problem, Device(), 1, kernel)[0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"plan": 3}', '{"plan": {"row_tile": [1, 1, 16]}}'])
+NO_TILE = json.dumps({"plan": dict.fromkeys(fused_tuned._CHOICE)})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"plan": 3}', '{"plan": {"row_tile": [1, 1, 16]}}', NO_TILE])
 def test_a_file_that_holds_no_plan_is_passed_over(text, own_cache):
     case = Case.of(WORDS)
     chosen, other = plans.plans(case, HERE, 1)
@@ -81,7 +89,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: HERE.name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: "a GPU")
     monkeypatch.setattr(fused, "device_of", lambda index: HERE)
     monkeypatch.setattr(plans, "compile_all", lambda wanted, arch: None)
 
@@ -90,6 +98,15 @@ def a_gpu(monkeypatch):
         yield from ((1.0 if index == 0 else factors[kernel], plan) for index, plan in enumerate(found))
 
     monkeypatch.setattr(plans, "timed", timed)
+
+
+def test_three_terms_of_float32_have_plans_of_their_own():
+    problem = Case.of({**WORDS, "dtype": "fp32"}).problem("cuda", (9, 0))
+    with tf32_products(True):
+        rounded = fused.device_for(problem, HERE)
+    with tf32_products(False):
+        assert fused.device_for(problem, HERE) != rounded
+    assert fused.device_for(problem, Device()) == Device()
 
 
 def test_tuning_keeps_what_is_faster(a_gpu, own_cache):
@@ -112,7 +129,7 @@ def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
     output = capsys.readouterr().out
     assert (
         output.startswith("4 problems on a GPU")
-        and "forward of na2d 56x56 b8 n2 d32 k7 rpb=1 bf16: 1.0000 to 0.5000" in output
+        and "na2d 56x56 b8 n2 d32 k7 rpb=1 bf16 forward 1.0000 0.5000" in output
     )
     assert main(["kernels", "list"]) == 0
     assert "0 compiled kernels" in (listed := capsys.readouterr().out) and "12 tuned plans" in listed
@@ -129,7 +146,9 @@ def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
         (["model=nat_tiny", "arch=90"], "setting='arch=90'", "one of model, dtype, batch, img_size"),
         (["shape=8x8", "heads=2"], "head_dim=None", "head_dim=32"),
         (["shape=8x8", "heads"], "setting='heads'", "heads=..."),
-        (["shape=8x8", "heads=2", "head_dim=8", "kernel_size=3", "dtype=fp64"], "dtype='fp64'", "dtype=bf16"),
+        (["shape=8x8", "heads=2", "head_dim=8", "kernel_size=3", "dtype=fp64"], "dtype torch.float64", "dtype=bf16"),
+        (["shape=8x8", "heads=2", "head_dim=4", "kernel_size=3", "dtype=fp16"], "head_dim 4", "head_dim=32"),
+        (["model=vitrpb_small"], "model='vitrpb_small'", "model=nat_tiny"),
     ],
 )
 def test_one_clear_error(words, argument, fix, capsys, monkeypatch):
