@@ -10,6 +10,7 @@ import torch
 
 import natrain
 from natrain.ops import fused
+from natrain.ops.precision import tf32_products
 from natrain.ops.registry import get_kernel
 from tests.emulator.fixture import emulated
 from tests.ops import judge
@@ -46,6 +47,44 @@ def test_the_shapes_that_break_tilings(case):
 @pytest.mark.parametrize("case", grid(40), ids=str)
 def test_the_whole_grid(case, dtype):
     check(case, dtype)
+
+
+# Several warps that share columns, one warp alone, rows that registers do not hold, a window in chunks.
+TF32_CASES = [
+    NAT,
+    Case(2, (20,), 1, 32, (3,), (1,), (1,), (False,), True),
+    Case(1, (9, 10), 1, 128, (3, 3), (1, 1), (1, 1), (False, False), False),
+    Case(1, (260,), 1, 64, (201,), (1,), (1,), (False,), True),
+]
+
+
+@pytest.mark.parametrize("case", TF32_CASES, ids=str)
+def test_every_factor_is_rounded_to_tf32_once(case):
+    """Forward and d_v of inputs that are rounded already are the same bits; everything is as near as TF32 can be."""
+    names = ("q", "k", "v", "d_out")
+    torch.manual_seed(0)
+    inputs = dict(zip(names, case.tensors(torch.float32, requires_grad=False), strict=False))
+    inputs["d_out"], rpb = torch.randn_like(inputs["v"]), case.tensors(torch.float32, requires_grad=False)[3]
+    results = []
+    with emulated(get_kernel("fused")), tf32_products(True):
+        for change in (torch.clone, _to_tf32):
+            q, k, v, d_out = (change(inputs[name]) for name in names)
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            out = case.function()(*leaves, **case.window, rpb=rpb, kernel="fused")
+            results.append([out, *torch.autograd.grad(out, leaves, d_out)])
+    (out, *_, d_v), (of_rounded, *_, d_v_of_rounded) = results
+    assert torch.equal(out, of_rounded) and torch.equal(d_v, d_v_of_rounded)
+    leaves = [inputs[name].double().requires_grad_() for name in names[:3]]
+    expected = case.function()(*leaves, **case.window, rpb=None if rpb is None else rpb.double(), kernel="reference")
+    expected = [expected, *torch.autograd.grad(expected, leaves, inputs["d_out"].double())]
+    for mine, truth in zip(results[0], expected, strict=True):
+        error = ((mine.double() - truth).norm() / truth.norm()).item()
+        assert 1e-5 < error < 1e-3
+
+
+def _to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """The nearest value with 10 bits of mantissa, ties away from zero."""
+    return (x.view(torch.int32).add(0x1000) & ~0x1FFF).view(torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [8, 72, 136, 256])
