@@ -40,50 +40,37 @@ constexpr int COVERED = (box(0) + (warps(0) - 1) * row_tile(0)) * (box(1) + (war
 constexpr bool IS_ROUNDED =
     NATRAIN_TF32_TERMS == 1 && NATRAIN_COLUMN_USES * WARPS * box(0) * box(1) * box(2) >= 2 * COVERED;
 
-// How the threads of a block share the columns of a stage: side by side along a row of D, then x, then lines, so that only
-// the line changes in a loop.
-template <int DIM>
-struct Share {
-  static constexpr int PIECES = RowFormat<DIM>::CHUNKS, MOST = THREADS / PIECES;
-  static constexpr int AT_ONCE_X = MOST < chunk(2) ? MOST : chunk(2), AT_ONCE_Y = MOST / AT_ONCE_X;
-  static_assert(MOST > 0);
-  int piece, x, y;  // of this thread's first; y may be past the last one
-
-  __device__ __forceinline__ Share()
-      : piece(threadIdx.x % PIECES),
-        x(threadIdx.x / PIECES % AT_ONCE_X),
-        y(threadIdx.x / (PIECES * AT_ONCE_X)) {}
-  // Whether there are columns x0 and lines y0 further for this thread.
-  __device__ __forceinline__ bool has_x(int x0) const { return chunk(2) % AT_ONCE_X == 0 || x0 + x < chunk(2); }
-  __device__ __forceinline__ bool has_y(int y0) const {
-    return y < AT_ONCE_Y && (chunk(1) % AT_ONCE_Y == 0 || y0 + y < chunk(1));
-  }
-};
-
 // The columns of one stage, positions `first` .. first + chunk - 1 of the group; zeros past its end.
 template <int DIM>
 __device__ __forceinline__ void fetch_columns(unsigned shared, const Element* origin, const Step& stride, const Tile& tile,
                                               int z_first, int y_first, int x_first) {
   using Format = RowFormat<DIM>;
-  const Share<DIM> share;
+  // Threads side by side along a row of D, then x, then lines, so that only the line changes in the loop.
+  constexpr int MOST = THREADS / Format::CHUNKS;
+  static_assert(MOST > 0);
+  constexpr int AT_ONCE_X = MOST < chunk(2) ? MOST : chunk(2), AT_ONCE_Y = MOST / AT_ONCE_X;
+  const int thread = threadIdx.x;
+  const int piece = thread % Format::CHUNKS, x_thread = thread / Format::CHUNKS % AT_ONCE_X;
+  const int y_thread = thread / (Format::CHUNKS * AT_ONCE_X);
+  if (y_thread >= AT_ONCE_Y) return;
 #pragma unroll
-  for (int x0 = 0; x0 < chunk(2); x0 += share.AT_ONCE_X) {
-    if (!share.has_x(x0)) break;
-    const int x = x0 + share.x;
+  for (int x0 = 0; x0 < chunk(2); x0 += AT_ONCE_X) {
+    const int x = x0 + x_thread;
+    if (chunk(2) % AT_ONCE_X != 0 && x >= chunk(2)) break;
     const bool has_x = x_first + x < tile.length[2];
-    const Offset column = stride.to[2] * (x_first + x) + stride.to[1] * (y_first + share.y) + stride.to[0] * z_first +
-                          share.piece * int(16 / sizeof(Element));
-    const unsigned to = shared + share.y * chunk(2) * Format::PITCH + Format::at(x, share.piece);
+    const Offset column = stride.to[2] * (x_first + x) + stride.to[1] * (y_first + y_thread) + stride.to[0] * z_first +
+                          piece * int(16 / sizeof(Element));
+    const unsigned to = shared + y_thread * chunk(2) * Format::PITCH + Format::at(x, piece);
 #pragma unroll
     for (int z = 0; z < chunk(0); ++z) {
       const bool has_z = has_x && z_first + z < tile.length[0];
       const Element* from = origin + (column + stride.to[0] * z);
 #pragma unroll
-      for (int y = 0; y < chunk(1); y += share.AT_ONCE_Y) {
-        if (!share.has_y(y)) break;
-        const bool valid = has_z && y_first + y + share.y < tile.length[1];
+      for (int y = 0; y < chunk(1); y += AT_ONCE_Y) {
+        if (chunk(1) % AT_ONCE_Y != 0 && y + y_thread >= chunk(1)) break;
+        const bool valid = has_z && y_first + y + y_thread < tile.length[1];
         cp_async_16(to + (z * chunk(1) + y) * chunk(2) * Format::PITCH, from, valid);
-        from += stride.to[1] * share.AT_ONCE_Y;
+        from += stride.to[1] * AT_ONCE_Y;
       }
     }
   }
@@ -94,16 +81,22 @@ template <int DIM>
 __device__ __forceinline__ void round_columns(unsigned char* shared) {
   if constexpr (IS_ROUNDED) {
     using Format = RowFormat<DIM>;
-    const Share<DIM> share;
+    constexpr int MOST = THREADS / Format::CHUNKS;
+    constexpr int AT_ONCE_X = MOST < chunk(2) ? MOST : chunk(2), AT_ONCE_Y = MOST / AT_ONCE_X;
+    const int thread = threadIdx.x;
+    const int piece = thread % Format::CHUNKS, x_thread = thread / Format::CHUNKS % AT_ONCE_X;
+    const int y_thread = thread / (Format::CHUNKS * AT_ONCE_X);
+    if (y_thread >= AT_ONCE_Y) return;
 #pragma unroll
-    for (int x0 = 0; x0 < chunk(2); x0 += share.AT_ONCE_X) {
-      if (!share.has_x(x0)) break;
-      unsigned char* const from = shared + share.y * chunk(2) * Format::PITCH + Format::at(x0 + share.x, share.piece);
+    for (int x0 = 0; x0 < chunk(2); x0 += AT_ONCE_X) {
+      const int x = x0 + x_thread;
+      if (chunk(2) % AT_ONCE_X != 0 && x >= chunk(2)) break;
+      unsigned char* const from = shared + y_thread * chunk(2) * Format::PITCH + Format::at(x, piece);
 #pragma unroll
       for (int z = 0; z < chunk(0); ++z) {
 #pragma unroll
-        for (int y = 0; y < chunk(1); y += share.AT_ONCE_Y) {
-          if (!share.has_y(y)) break;
+        for (int y = 0; y < chunk(1); y += AT_ONCE_Y) {
+          if (chunk(1) % AT_ONCE_Y != 0 && y + y_thread >= chunk(1)) break;
           round_piece(from + (z * chunk(1) + y) * chunk(2) * Format::PITCH);
         }
       }

@@ -16,7 +16,9 @@ DIRECTIONS = ("forward", "backward")
 # Products of queries, keys, values or their gradients: q.k and p.v; again q.k, d_out.v, and one a gradient.
 _PRODUCTS = {"forward": 2, "backward": 5}
 _FEATURES = {"forward": 4, "backward": 8}  # q, k, v, out; with d_out and three gradients
-_WEIGHT_MOVES = {"forward": 2, "backward": 5}  # of an unfused kernel: see ``unfused_floor_bytes``
+_LEAST_WEIGHT_MOVES = {"forward": 2, "backward": 5}  # see ``unfused_floor_bytes``
+# Of a kernel for the softmax by itself, which reads scores and writes weights, and one for its derivative.
+_WEIGHT_MOVES = {"forward": 4, "backward": 7}
 
 
 def flops(case: Case, direction: str) -> int:
@@ -46,7 +48,7 @@ def floor_bytes(case: Case, direction: str) -> int:
 def unfused_floor_bytes(case: Case, direction: str) -> int:
     """And the weights, at the least: written and read once forward; backward read for d_v and for the derivative of the
     softmax, whose result is written, and read for d_q and for d_k."""
-    return floor_bytes(case, direction) + _WEIGHT_MOVES[direction] * weight_bytes(case)
+    return floor_bytes(case, direction) + _LEAST_WEIGHT_MOVES[direction] * weight_bytes(case)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ _CPU_FIXED_S = 3e-4
 
 def seconds(case: Case, rates: Rates, direction: str) -> float:
     """Arithmetic and memory in turn, as a kernel that overlaps neither: an upper guess."""
-    bytes_ = (unfused_floor_bytes if rates.is_unfused else floor_bytes)(case, direction)
+    bytes_ = floor_bytes(case, direction) + rates.is_unfused * _WEIGHT_MOVES[direction] * weight_bytes(case)
     macs = flops(case, direction) / 2
     rate = rates.macs_16 if case.dtype in (torch.float16, torch.bfloat16) else rates.macs_32
     return rates.fixed_s + macs / rate + bytes_ / (rates.bandwidth_share * COPY_BYTES_PER_S)
