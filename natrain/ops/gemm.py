@@ -227,24 +227,35 @@ class GemmKernel(NaiveKernel):
         span = problem.num_tokens * problem.heads
         span *= max(3 * problem.head_dim, problem.value_dim, weights_pitch(window.num_neighbors, dtype))
         offset = "int" if span < 2**31 else "long long"
-        none, softmax, softmax_grad = RowStep
-        wanted = {("qk", problem.head_dim, problem.has_rpb, step) for step in (none, softmax)}
-        wanted |= {("qk", problem.value_dim, False, step) for step in (none, softmax_grad)}
-        dims = (problem.head_dim, problem.value_dim)
-        wanted |= {(name, dim, False, none) for name in ("av", "inverse") for dim in dims}
         _, shared = shared_capacity(divmod(int("".join(filter(str.isdigit, arch))), 10))
-        specs, delegated = [], set()
+
+        def tiling_of(primitive: str, head_dim: int, has_rpb: bool, step: RowStep) -> GemmTiling | None:
+            return _choose(primitive, step, problem.spatial, window, head_dim, dtype, has_rpb, shared)
+
+        dims = (problem.head_dim, problem.value_dim)
+        wanted = {(name, dim, False, RowStep.NONE) for name in ("av", "inverse") for dim in dims}
+        # What naive's kernels need not do: the softmax where qk does, the products but for those without a tiling.
+        spared = {"natrain_naive_qk", "natrain_naive_av", "natrain_naive_inverse"}
+        steps = {
+            RowStep.SOFTMAX: ("softmax", problem.head_dim, problem.has_rpb),
+            RowStep.SOFTMAX_GRAD: ("softmax_grad", problem.value_dim, False),
+        }
+        for step, (name, dim, has_rpb) in steps.items():
+            # Dropout comes between d_out . v and the derivative of the softmax.
+            is_between = problem.has_dropout and step == RowStep.SOFTMAX_GRAD
+            is_taken = not is_between and tiling_of("qk", dim, has_rpb, step) is not None
+            wanted.add(("qk", dim, has_rpb, step if is_taken else RowStep.NONE))
+            spared |= {f"natrain_naive_{name}"} if is_taken else set()
+        specs = []
         for primitive, head_dim, has_rpb, step in sorted(wanted):
-            tiling = _choose(primitive, step, problem.spatial, window, head_dim, dtype, has_rpb, shared)
+            tiling = tiling_of(primitive, head_dim, has_rpb, step)
             if tiling is None:
-                if not step:
-                    delegated.add(f"natrain_naive_{primitive}")
+                spared.discard(f"natrain_naive_{primitive}")
                 continue
             for terms in (1, 3) if dtype == torch.float32 else (1,):
                 defines = gemm_defines(primitive, dtype, window, head_dim, tiling, terms, offset, has_rpb, step)
                 specs.append(cuda.kernel_spec(f"gemm/{primitive}.cu", f"natrain_gemm_{primitive}", defines, arch))
-        products = {f"natrain_naive_{primitive}" for primitive in ("qk", "av", "inverse")} - delegated
-        return specs + [spec for spec in super().build_specs(problem, arch) if spec.name not in products]
+        return specs + [spec for spec in super().build_specs(problem, arch) if spec.name not in spared]
 
 
 register(GemmKernel())

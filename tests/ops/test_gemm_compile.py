@@ -62,10 +62,11 @@ def test_the_common_kernels_spill_no_register(problem, ptxas_report):
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in ptxas_report(spec), spec.name
 
 
-def test_what_is_compiled_ahead_is_what_a_step_launches(monkeypatch):
+@pytest.mark.parametrize("kernel_size", [(7, 7), (9, 13)], ids=["softmax in qk", "softmax by naive"])
+def test_what_is_compiled_ahead_is_what_a_step_launches(kernel_size, monkeypatch):
     """The kernels that a forward and a backward load on the emulator, by their macros."""
     loaded = set()
-    case = Case(2, (9, 14), 2, 32, (7, 7), (1, 1), (1, 1), (False, False), True)
+    case = Case(2, (9, 14), 2, 32, kernel_size, (1, 1), (1, 1), (False, False), True)
     with emulated(get_kernel("gemm")):
         emulated_load = cuda.load
 
