@@ -160,3 +160,13 @@ def test_reasons_against_a_problem():
     large = problem_of((64, 64, 64), 8, window=Window((15, 15, 15), (1, 1, 1), (1, 1, 1), (False, False, False)))
     assert any("bias gradient" in reason for reason in kernel.unsupported_reasons(large))
     assert not kernel.unsupported_reasons(replace(large, has_rpb=False))
+
+
+def test_backward_of_a_wide_head_spills_nothing(ptxas_report):
+    """Head dim 128 of a short window in one dimension, whose loops over pieces of rows are the longest."""
+    window = Window((3,), (1,), (1,), (False,))
+    problem = Problem(4, (7470,), 12, 128, window, torch.float16, "cuda", (9, 0), needs_grad=True)
+    backward = [spec for spec in specs(problem, "sm_90a") if "backward" in spec.name]
+    assert len(backward) == 2
+    for spec in backward:
+        assert re.search(r"(\d+) bytes spill stores", ptxas_report(spec))[1] == "0", spec.name
