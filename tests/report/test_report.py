@@ -91,8 +91,8 @@ def test_gains_in_the_papers_form(folder):
 
 
 def test_the_most_that_memory_lets_gain(folder):
-    """At 1 TB/s, forward: q, k, v, out of 28x28 are 4 * 28 * 28 * 2 * 32 * 2 bytes, 0.4 us, and weights are written and read
-    once; naive takes 2 and 4 ms."""
+    """At 1 TB/s, forward: q, k, v, out of 28x28 are 4 * 28 * 28 * 2 * 32 * 2 bytes, 0.4 us, and weights are written and
+    read once; naive takes 2 and 4 ms."""
     found = {row["pass"]: row for row in table(build_page([folder]), "room")}
     feature, pairs = 2 * 32 * 2, 2 * 2  # bytes a token: of q; of a weight for each neighbour
     floors_s = [(4 * feature + 2 * pairs * k * k) * side * side / 1e12 for side in (28, 56) for k in (3, 7)]
