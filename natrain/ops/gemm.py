@@ -19,7 +19,7 @@ from torch import Tensor
 from natrain.jit import BuildSpec, cuda
 from natrain.jit.driver import CudaKernel
 from natrain.ops.fused_plan import shared_capacity
-from natrain.ops.gemm_plan import GemmTiling, RowStep, choose_gemm_tiling, choose_row_step_tiling
+from natrain.ops.gemm_plan import GemmTiling, RowStep, choose_gemm_tiling
 from natrain.ops.geometry import (
     ACCESS_BYTES,
     Layout,
@@ -83,10 +83,6 @@ def _terms(dtype: torch.dtype) -> int:
     return 3 if dtype == torch.float32 and not is_tf32_allowed() else 1
 
 
-def _choose(primitive: str, row_step: RowStep, *problem) -> GemmTiling | None:
-    return choose_row_step_tiling(row_step, *problem) if row_step else choose_gemm_tiling(primitive, *problem)
-
-
 def _plan(
     primitive: str,
     window: Window,
@@ -104,7 +100,7 @@ def _plan(
     device = row.get_device()
     capability = torch.cuda.get_device_capability(device) if row.is_cuda else None
     shared = shared_capacity(capability)[1]
-    tiling = _choose(primitive, row_step, tuple(axes), window, head_dim, row.dtype, has_rpb, shared)
+    tiling = choose_gemm_tiling(primitive, tuple(axes), window, head_dim, row.dtype, has_rpb, shared, row_step)
     if tiling is None:
         return None
     layouts = [Layout.of(x) for x in tensors]
@@ -230,7 +226,7 @@ class GemmKernel(NaiveKernel):
         _, shared = shared_capacity(divmod(int("".join(filter(str.isdigit, arch))), 10))
 
         def tiling_of(primitive: str, head_dim: int, has_rpb: bool, step: RowStep) -> GemmTiling | None:
-            return _choose(primitive, step, problem.spatial, window, head_dim, dtype, has_rpb, shared)
+            return choose_gemm_tiling(primitive, problem.spatial, window, head_dim, dtype, has_rpb, shared, step)
 
         dims = (problem.head_dim, problem.value_dim)
         wanted = {(name, dim, False, RowStep.NONE) for name in ("av", "inverse") for dim in dims}

@@ -308,33 +308,21 @@ def choose_gemm_tiling(
     dtype: torch.dtype,
     has_rpb: bool = False,
     max_shared_bytes: int = SHARED_BYTES,
+    row_step: RowStep = RowStep.NONE,
 ) -> GemmTiling | None:
-    """The cheapest tiling of qk, av or inverse, or None where none fits shared memory."""
-    tilings = gemm_tilings(primitive, spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
-    return min(tilings, key=lambda tiling: tiling.cost, default=None)
+    """The cheapest tiling of qk, av or inverse, or None where none fits shared memory.
 
-
-@functools.lru_cache(maxsize=4096)
-@under_no_mode
-def choose_row_step_tiling(
-    row_step: RowStep,
-    spatial: tuple[int, ...],
-    window: Window,
-    head_dim: int,
-    dtype: torch.dtype,
-    has_rpb: bool = False,
-    max_shared_bytes: int = SHARED_BYTES,
-) -> GemmTiling | None:
-    """The cheapest tiling of qk that also does ``row_step``, or None where qk alone and then a kernel that reads and
-    writes all weights cost less: where rows are long (measured on an H200, 54 problems of the frozen sweep), or where
-    halos go through shared memory in chunks."""
-    problem = ("qk", spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
+    With a ``row_step`` also None where qk alone and then a kernel that reads and writes all weights cost less: where
+    rows are long (measured on an H200, 54 problems of the frozen sweep), or where halos come in chunks.
+    """
+    problem = (primitive, spatial, window, head_dim, dtype, has_rpb, max_shared_bytes)
     row_bytes = weights_pitch(window.num_neighbors, dtype) * dtype.itemsize
-    if row_bytes > _MOST_ROW_BYTES:
+    if row_step and row_bytes > _MOST_ROW_BYTES:
         return None
     best = min(gemm_tilings(*problem, row_step), key=lambda tiling: tiling.cost, default=None)
-    alone = choose_gemm_tiling(*problem)
-    if best is None or alone is None:
-        return None
+    if not row_step or best is None:
+        return best
+    # One without chunks is there, hence one at all.
+    alone = min(gemm_tilings(*problem), key=lambda tiling: tiling.cost)
     pieces = math.prod(spatial) * row_bytes / ACCESS_BYTES
     return best if best.cost <= alone.cost + 2 * _MOVED_COST * pieces else None

@@ -10,7 +10,7 @@ import torch
 
 import natrain
 from natrain.ops import gemm, naive, reference, registry
-from natrain.ops.gemm_plan import RowStep, choose_gemm_tiling, choose_row_step_tiling, gemm_tilings
+from natrain.ops.gemm_plan import RowStep, choose_gemm_tiling, gemm_tilings
 from natrain.ops.geometry import weights_pitch
 from natrain.ops.problem import Window
 from tests.emulator.fixture import emulated
@@ -36,8 +36,12 @@ def on_the_cpu():
 
 def take(monkeypatch, choose, choose_row_step=lambda *_: None) -> None:
     """Let gemm take the tilings of these functions, and plan everything anew."""
-    monkeypatch.setattr(gemm, "choose_gemm_tiling", choose)
-    monkeypatch.setattr(gemm, "choose_row_step_tiling", choose_row_step)
+
+    def either(*problem):
+        *problem, step = problem
+        return choose_row_step(step, *problem[1:]) if step else choose(*problem)
+
+    monkeypatch.setattr(gemm, "choose_gemm_tiling", either)
     plans = {}
     for module in (gemm, naive):
         monkeypatch.setattr(module, "plans", plans)
@@ -171,8 +175,8 @@ def test_where_the_softmax_happens():
     from natrain.bench.strata import frozen_cases
 
     def is_stepped(case, step):
-        problem = (case.spatial, case.window, case.head_dim, case.dtype)
-        return choose_row_step_tiling(step, *problem) is not None
+        problem = ("qk", case.spatial, case.window, case.head_dim, case.dtype)
+        return choose_gemm_tiling(*problem, row_step=step) is not None
 
     steps = (RowStep.SOFTMAX, RowStep.SOFTMAX_GRAD)
     zoo = [layer.case(torch.bfloat16, False) for layer in layers.LAYERS if layer.head_dim == 32]
