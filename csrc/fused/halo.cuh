@@ -76,7 +76,8 @@ __device__ __forceinline__ void fetch_columns(unsigned shared, const Element* or
   }
 }
 
-// Rounds, where IS_ROUNDED, what this thread has fetched by fetch_columns, once it is there.
+// Rounds, where IS_ROUNDED, what this thread has fetched by fetch_columns, once it is there. The loops of fetch_columns once
+// more: a struct that both shared cost the fetches of wide heads a factor of two (docs/performance.md).
 template <int DIM>
 __device__ __forceinline__ void round_columns(unsigned char* shared) {
   if constexpr (IS_ROUNDED) {
