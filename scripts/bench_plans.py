@@ -18,7 +18,7 @@ import torch
 
 from natrain.bench import layers
 from natrain.bench.case import Case
-from natrain.bench.plans import KERNELS, compile_all, plans, timed
+from natrain.bench.plans import KERNELS, compile_all, kernels_of, plans, timed
 from natrain.ops import fused
 from natrain.ops.fused_plan import Device, Plan
 
@@ -35,7 +35,7 @@ def describe(plan: Plan) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="problems in the words of `natrain bench`")
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="default: those that are launched")
     parser.add_argument("--most", type=int, default=24)
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--list", action="store_true")
@@ -47,7 +47,9 @@ def main() -> None:
     is_timed = not (arguments.list or arguments.compile)
     device = fused.device_of(torch.cuda.current_device()) if is_timed else Device()
     wanted = [
-        (case, kernel, plans(case, device, arguments.most, kernel)) for case in cases for kernel in arguments.kernels
+        (case, kernel, plans(case, device, arguments.most, kernel))
+        for case in cases
+        for kernel in arguments.kernels or kernels_of(case, device)
     ]
     if not arguments.list:
         compile_all(wanted, arguments.arch)

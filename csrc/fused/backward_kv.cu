@@ -1,7 +1,7 @@
 // dK and dV of a tile of keys, from the queries whose windows hold them; and the last sum of the bias gradient.
 //
 // NATRAIN_GRADIENTS 1: dK, 2: dV, 3: both; for head dims whose sums of both would not fit a thread's registers.
-#include "backward.cuh"
+#include "two_pass.cuh"
 
 using namespace natrain;
 

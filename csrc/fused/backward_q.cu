@@ -4,11 +4,11 @@
 // where it lies, in the fragments' registers, and is summed along the diagonals of equal offset once, at the end; where
 // those registers are too many, the diagonals are summed at once. Either way a warp adds to a table of its own, a lane to
 // entries of its own, and the block sums its warps in order.
-#include "backward.cuh"
+#include "two_pass.cuh"
 
 using namespace natrain;
 
-static_assert(!ROWS_ARE_KEYS);
+static_assert(ROWS == Side::QUERIES);
 constexpr bool BIAS_GRAD = NATRAIN_BIAS_GRAD;
 constexpr bool BIAS_HELD = RESIDENT && GROUPS <= 8;
 // One group's dS as a matrix [16 rows, 16 columns], and the tables of the warps.
@@ -54,22 +54,6 @@ __device__ __forceinline__ void add_diagonals(const float (&d_scores)[2][4], con
 #pragma unroll 1
     for (int i = OF_LINE + lane; i < LINES * OF_LINE; i += 32) add(i);
   }
-}
-
-// Sum of d_out * out over half a row: lanes 2r and 2r + 1 share row r.
-__device__ __forceinline__ float half_product(const unsigned char* d_out, const unsigned char* out) {
-  const int row = threadIdx.x % 32 / 2;
-  float sum = 0;
-#pragma unroll
-  for (int piece = threadIdx.x % 2; piece < RowFormat<VALUE_DIM>::CHUNKS; piece += 2) {
-    const unsigned at = RowFormat<VALUE_DIM>::at(row, piece);
-    float a[16 / sizeof(Element)], b[16 / sizeof(Element)];
-    load_mutable(reinterpret_cast<const Element*>(d_out + at), a);
-    load_mutable(reinterpret_cast<const Element*>(out + at), b);
-#pragma unroll
-    for (int i = 0; i < int(16 / sizeof(Element)); ++i) sum = fmaf(a[i], b[i], sum);
-  }
-  return sum + __shfl_xor_sync(WARP, sum, 1);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
@@ -124,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 
     if (place.is_first()) {
       // Of d_out as it is, before its rows are rounded.
-      float row_delta = half_product(bytes + rows_at + ROWS_1_BYTES, bytes + rows_at + ROWS_1_BYTES + ROWS_2_BYTES);
+      float row_delta = half_product(bytes + rows_at + ROWS_1_BYTES, bytes + rows_at + ROWS_1_BYTES + ROWS_2_BYTES, lane / 2);
       q.load(shared, rows_at, scale.flip);
       d_out.load(shared, rows_at + ROWS_1_BYTES);
 #pragma unroll

@@ -1,7 +1,7 @@
 // Who works on what in the tensor-core kernels, and which columns a row meets.
 //
-// *Rows* are the 16 tokens of a warp's row tile (forward, dQ: queries; dK/dV: keys), *columns* the tokens of the other
-// side. All positions are those of one dilation group. A *box* is a tile's columns: a box of positions that holds every
+// *Rows* are the 16 tokens of a warp's row tile (forward, dQ: queries; dK/dV: keys; all gradients in one pass: both),
+// *columns* the tokens of the other side. All positions are those of one dilation group. A *box* is a tile's columns: a box of positions that holds every
 // column of any of its rows; a *line* is one (z, y) row of it. A block's warps are a box of row tiles next to each other;
 // the union of their boxes, the *halo*, is fetched into shared memory, in chunks where it is large.
 //
@@ -12,7 +12,7 @@
 //   NATRAIN_CHUNK      extents of what one stage of shared memory holds; the whole halo if NATRAIN_RESIDENT
 //   NATRAIN_STEP       extents of what a warp computes at once: the box if NATRAIN_RESIDENT
 // and NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_VALUE_DIM, NATRAIN_OFFSET (int where every offset inside an image fits, else
-// long long), NATRAIN_ROWS_ARE_KEYS.
+// long long), NATRAIN_ROWS (a Side).
 #pragma once
 
 #include "intrinsics.cuh"
@@ -26,7 +26,11 @@ using Offset = NATRAIN_OFFSET;
 constexpr int HEAD_DIM = NATRAIN_HEAD_DIM;
 constexpr int VALUE_DIM = NATRAIN_VALUE_DIM;
 constexpr bool RESIDENT = NATRAIN_RESIDENT;
-constexpr bool ROWS_ARE_KEYS = NATRAIN_ROWS_ARE_KEYS;
+
+// What rows are. BOTH: first queries, then keys; a box holds the columns of either, and the rows themselves.
+enum class Side { QUERIES, KEYS, BOTH };
+constexpr Side ROWS = Side(NATRAIN_ROWS);
+constexpr bool ROWS_ARE_KEYS = ROWS == Side::KEYS;
 
 NATRAIN_PER_AXIS(int, row_tile, ROW_TILE)
 NATRAIN_PER_AXIS(int, warps, WARPS)
@@ -56,14 +60,17 @@ struct Geometry {
   int splits;       // blocks that share the images of one tile
 };
 
-__device__ __forceinline__ int first_column(int axis, int row, int n) {
-  return ROWS_ARE_KEYS ? inverse_first(row, n, kernel_size(axis), window_stride(axis), is_causal(axis))
-                       : window_start(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+// Of a row that is a query, a key, or one and then the other.
+__device__ __forceinline__ int first_column(int axis, int row, int n, Side side = ROWS) {
+  const int of_query = window_start(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+  const int of_key = inverse_first(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+  return side == Side::QUERIES ? of_query : side == Side::KEYS ? of_key : min(row, min(of_query, of_key));
 }
 // One past the last.
-__device__ __forceinline__ int end_column(int axis, int row, int n) {
-  return ROWS_ARE_KEYS ? inverse_last(row, n, kernel_size(axis), window_stride(axis), is_causal(axis)) + 1
-                       : window_end(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+__device__ __forceinline__ int end_column(int axis, int row, int n, Side side = ROWS) {
+  const int of_query = window_end(row, n, kernel_size(axis), window_stride(axis), is_causal(axis));
+  const int of_key = inverse_last(row, n, kernel_size(axis), window_stride(axis), is_causal(axis)) + 1;
+  return side == Side::QUERIES ? of_query : side == Side::KEYS ? of_key : max(row + 1, max(of_query, of_key));
 }
 
 // Of row r (0 .. 15) of a row tile.

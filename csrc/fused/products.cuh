@@ -67,11 +67,11 @@ __device__ __forceinline__ unsigned at_piece(unsigned offset, int piece) {
 }
 
 // The A fragments of 16 rows of DIM elements; a step of the mma takes two 16-byte pieces of a row.
-template <int DIM>
+template <int DIM, bool MAY_BE_HELD = true>
 class Rows {
   static constexpr int PIECES = RowFormat<DIM>::CHUNKS, STEPS = (PIECES + 1) / 2;
   // Beyond 48 registers they are read again from shared memory for every use.
-  static constexpr bool HELD = 4 * STEPS <= 48;
+  static constexpr bool HELD = MAY_BE_HELD && 4 * STEPS <= 48;
   unsigned held[HELD ? STEPS : 1][4];
   unsigned address;
   unsigned flip;
@@ -94,18 +94,24 @@ class Rows {
   // warp call; where rows are not held they are rounded in place.
   __device__ __forceinline__ void load(const Shared& shared, unsigned offset, unsigned flip_bits = 0) {
     const int lane = threadIdx.x % 32, row = lane % 16;
-    address = shared.address + offset + RowFormat<DIM>::at(row, lane / 16);
-    flip = flip_bits;
-    if constexpr (HELD) {
+    load_columns(shared, offset, row, flip_bits);
+    if constexpr (HELD && IS_ROUNDED) {
 #pragma unroll
-      for (int step = 0; step < STEPS; ++step) {
-        read(step, held[step]);
-        if constexpr (IS_ROUNDED) round_to_tf32(held[step]);
-      }
+      for (int step = 0; step < STEPS; ++step) round_to_tf32(held[step]);
     } else if constexpr (IS_ROUNDED) {
 #pragma unroll
       for (int i = lane; i < 16 * PIECES; i += 32) round_piece(shared.bytes + offset + RowFormat<DIM>::at(i / PIECES, i % PIECES));
       __syncwarp();
+    }
+  }
+
+  // Rows that lie among the columns, and are rounded as they are: row lane % 16 is `column` of the line at `line_offset`.
+  __device__ __forceinline__ void load_columns(const Shared& shared, unsigned line_offset, int column, unsigned flip_bits = 0) {
+    address = shared.address + line_offset + RowFormat<DIM>::at(column, threadIdx.x % 32 / 16);
+    flip = flip_bits;
+    if constexpr (HELD) {
+#pragma unroll
+      for (int step = 0; step < STEPS; ++step) read(step, held[step]);
     }
   }
 

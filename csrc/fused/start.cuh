@@ -9,7 +9,7 @@
 // distances whether they are in its window or not. Along x a class is that of a whole warp tile.
 // NATRAIN_START_TABLE 1: the table has a line for every difference of positions along z and y, an entry for every row's x
 // in the block and every column, and one more line of -inf, to which a lane points where a line is not its row's.
-// NATRAIN_START_TABLE 0, for windows whose table is too large: comparisons in groups of columns that lie on a window's
+// NATRAIN_START_TABLE 0, for windows whose table is too large (and without a bias for rows of both sides): comparisons in groups of columns that lie on a window's
 // edge, none inside, and the bias as it is, from shared memory if it is small (NATRAIN_MOST_STAGED_BIAS bytes).
 #pragma once
 
@@ -22,6 +22,7 @@ namespace natrain {
 constexpr float MINUS_INFINITY = __builtin_bit_cast(float, 0xff800000u);
 constexpr bool HAS_RPB = NATRAIN_HAS_RPB;
 constexpr bool START_TABLE = NATRAIN_START_TABLE;
+static_assert(ROWS != Side::BOTH || !(HAS_RPB || START_TABLE));
 
 constexpr float LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
@@ -64,11 +65,11 @@ __device__ __forceinline__ unsigned lines_within(int z, int y, int z_from, int z
 // A block has one row along this axis, and that row one column.
 __device__ constexpr bool is_flat(int axis) { return kernel_size(axis) == 1 && row_tile(axis) * warps(axis) == 1; }
 
-// The columns of rows g and g + 8 of this thread, in positions of the halo.
+// The columns of rows g and g + 8 of this thread, in positions of the halo; `side`: what these rows are.
 struct LaneRows {
   int row[2][3], first[2][3], end[2][3];
 
-  __device__ __forceinline__ explicit LaneRows(const Tile& tile) {
+  __device__ __forceinline__ explicit LaneRows(const Tile& tile, Side side = ROWS) {
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
@@ -79,8 +80,8 @@ struct LaneRows {
         }
         const int at = tile.row(axis, int(threadIdx.x % 32 / 4) + 8 * half);
         row[half][axis] = at - tile.halo_first[axis];
-        first[half][axis] = first_column(axis, at, tile.length[axis]) - tile.halo_first[axis];
-        end[half][axis] = end_column(axis, at, tile.length[axis]) - tile.halo_first[axis];
+        first[half][axis] = first_column(axis, at, tile.length[axis], side) - tile.halo_first[axis];
+        end[half][axis] = end_column(axis, at, tile.length[axis], side) - tile.halo_first[axis];
       }
   }
 };
@@ -347,15 +348,15 @@ class Start {
 
  public:
   // `bias_data`: of this head, in global memory, or with a factor of 1 what stage_bias wrote.
-  __device__ __forceinline__ Start(const Tile& tile, const float* bias_data, float bias_factor)
+  __device__ __forceinline__ Start(const Tile& tile, const float* bias_data, float bias_factor, Side side = ROWS)
       : of_head(bias_data), factor(bias_factor) {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       // First and last columns never decrease from row to row.
       const int n = tile.length[axis], last = tile.row(axis, 15);
       tile_any_first[axis] = tile.box_first[axis], tile_any_end[axis] = tile.box_end[axis];
-      tile_all_first[axis] = first_column(axis, last, n) - tile.halo_first[axis];
-      tile_all_end[axis] = end_column(axis, tile.row_first[axis], n) - tile.halo_first[axis];
+      tile_all_first[axis] = first_column(axis, last, n, side) - tile.halo_first[axis];
+      tile_all_end[axis] = end_column(axis, tile.row_first[axis], n, side) - tile.halo_first[axis];
     }
   }
 

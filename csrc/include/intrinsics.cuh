@@ -92,6 +92,13 @@ __device__ __forceinline__ void cp_async_8(unsigned shared, const void* global, 
                : "r"(shared), "l"(global), "r"(valid ? 8 : 0)
                : "memory");
 }
+// And of 4.
+__device__ __forceinline__ void cp_async_4(unsigned shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
+               :
+               : "r"(shared), "l"(global), "r"(valid ? 4 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most the N latest committed groups of this thread are in flight.
 template <int N>
@@ -111,6 +118,9 @@ __device__ __forceinline__ void await_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+// Hides what `x` is, so that nothing that depends on it is computed ahead and kept in registers.
+__device__ __forceinline__ void hide(unsigned& x) { asm volatile("" : "+r"(x)); }
 
 // 2^x and log2(x), within 2 ulp; subnormal results and arguments count as zero. 2^-inf = 0, log2(0) = -inf.
 __device__ __forceinline__ float exp2_approx(float x) {

@@ -17,18 +17,30 @@ from natrain.bench.truth import random_inputs
 from natrain.jit import cuda
 from natrain.ops import fused, fused_tuned
 from natrain.ops.fused_forward_plan import candidates, choose_plan
-from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
+from natrain.ops.fused_gradient_plan import (
+    choose_gradient_plan,
+    demands_of_kv,
+    demands_of_q,
+    demands_of_qkv,
+    gradient_plans,
+)
 from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.registry import get_kernel
 
-KERNELS = ("forward", "backward_q", "backward_kv")
+KERNELS = ("forward", "backward_q", "backward_kv", "backward_qkv")
 # Plans are interleaved, so that each is timed as often as the others and under the same clock.
 _RUNS = 15
 
 
-def kernels_of(case: Case) -> tuple[str, ...]:
-    """Those whose plans can be exchanged: not backward_kv of heads so wide that it runs twice."""
-    return KERNELS if 2 * case.head_dim <= 256 else KERNELS[:2]
+def kernels_of(case: Case, device: Device) -> tuple[str, ...]:
+    """Those that a training step launches and whose plans can be exchanged.
+
+    Not backward_kv of heads so wide that it runs twice.
+    """
+    problem = case.problem("cuda", device.capability)
+    if fused.one_pass_plan(problem, fused.device_for(problem, device)):
+        return "forward", "backward_qkv"
+    return ("forward", "backward_q", "backward_kv")[: 3 if 2 * case.head_dim <= 256 else 2]
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,8 @@ class _Question:
             return _Question(space, Demands.of_forward(case.head_dim, case.head_dim, case.dtype), 0)
         if kernel == "backward_kv":
             return _Question(space, demands_of_kv(problem, 3), 0)
+        if kernel == "backward_qkv":
+            return _Question(space, demands_of_qkv(problem), 0)
         entries = math.prod(case.window.rpb_shape) if case.has_rpb else 0
         return _Question(space, demands_of_q(problem), entries)
 
@@ -132,7 +146,7 @@ def tune(cases: Iterable[Case], most: int = 10) -> Iterator[Tuned]:
     index = torch.cuda.current_device()
     device, arch = fused.device_of(index), cuda.arch_of(torch.cuda.get_device_capability(index))
     for case in cases:
-        for kernel in kernels_of(case):
+        for kernel in kernels_of(case, device):
             found = plans(case, device, most, kernel)
             compile_all([(case, kernel, found)], arch)
             results = {plan: ms for ms, plan in timed(kernel, case, found)}

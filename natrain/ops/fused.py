@@ -4,8 +4,9 @@ Limits: any rank and window; float16, bfloat16 and float32 (in TF32 where torch 
 head dims that are multiples of 8 up to 256. A call finds its launches by shapes and strides, packs its addresses and
 launches; everything else is decided once (fused_forward_plan.py, fused_gradient_plan.py) and kept.
 
-Backward launches two kernels. They allocate 8 bytes a query and head between them, and with a bias one table of it for
-every block. Results do not depend on the order of blocks: every run gives the same bits.
+Backward launches two kernels, or one for short windows in one dimension. Two allocate 8 bytes a query and head between
+them, and with a bias one table of it for every block. Results do not depend on the order of blocks: every run gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel, can_overlap
 from natrain.ops.dropout import drop_threshold
 from natrain.ops.fused_forward_plan import choose_plan
-from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q
+from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, demands_of_qkv
 from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type, window_defines
 from natrain.ops.naive_specs import DTYPES
@@ -144,9 +145,36 @@ def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Pa
     return _part("forward", problem, constants, plan, plan.geometry(space))
 
 
+def one_pass_plan(problem: Problem, device: Device) -> Plan | None:
+    """The plan of backward_qkv.cu, None where two passes are the faster way or the only one."""
+    is_plain = not (problem.has_rpb or problem.has_key_mask or problem.has_dropout or problem.is_grouped)
+    if not is_plain or problem.head_dim + problem.value_dim > 256:
+        return None
+    if not _taken.keys().isdisjoint(("backward_q", "backward_kv")):
+        return None
+    if taken := _taken.get("backward_qkv"):
+        return taken
+    space = _space(problem)
+    try:
+        plan = choose_gradient_plan(space, demands_of_qkv(problem), device)
+    except ValueError:
+        return None
+    two = (
+        choose_gradient_plan(space, demands, device) for demands in (demands_of_q(problem), demands_of_kv(problem, 3))
+    )
+    return plan if plan.cost < sum(plan.cost for plan in two) else None
+
+
 def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
-    """backward_q.cu, then backward_kv.cu once, or for each gradient where both would not fit the registers."""
+    """The kernels of backward in their order.
+
+    backward_qkv.cu where it is the faster one, else backward_q.cu, then backward_kv.cu once, or for each gradient where
+    both would not fit the registers.
+    """
     device = device_for(problem, device)
+    if one_pass := one_pass_plan(problem, device):
+        geometry = one_pass.geometry(_space(problem)) + struct.pack("i", 0)
+        return [_part("backward_qkv", problem, constants, one_pass, geometry, NATRAIN_IS_GROUPED=0)]
     entries = math.prod(problem.window.rpb_shape) if problem.has_rpb else 0
     plan = _plan("backward_q", _space(problem), demands_of_q(problem), device, entries)
     # Tables of the bias gradient that blocks leave for a head.
@@ -247,7 +275,10 @@ def launches() -> dict:
 
 @contextmanager
 def taking(kernel: str, plan: Plan) -> Iterator[None]:
-    """Let ``kernel`` (forward, backward_q or backward_kv) take ``plan``, and plan everything anew."""
+    """Let ``kernel`` (forward, backward_q, backward_kv or backward_qkv) take ``plan``, and plan everything anew.
+
+    backward_qkv takes the place of the other two: their plans call for two passes, any other for one if it can be.
+    """
     with launching({}):
         _taken[kernel] = plan
         try:
@@ -271,7 +302,7 @@ def _remember(key: tuple, value: tuple[tuple[_Launch, ...], int] | None):
 
 
 class FusedCuda(FusedKernel):
-    """One kernel forward, two backward."""
+    """One kernel forward, one or two backward."""
 
     name = "fused"
     summary = "CUDA tensor cores, fused; any rank and window, trainable bias, one backward"
@@ -387,18 +418,19 @@ class FusedCuda(FusedKernel):
             return d_rpb
         launches, partials = found
         batch, *_, heads, _ = q.shape
-        statistics = q.new_empty((batch, heads, q.shape[1:-2].numel(), 2), dtype=torch.float32)
-        partial = d_rpb = None
+        partial = d_rpb = statistics = None
+        if len(launches) > 1:
+            statistics = q.new_empty((batch, heads, q.shape[1:-2].numel(), 2), dtype=torch.float32)
         if rpb is not None:
             rpb = _as_bias(rpb)
             d_rpb = torch.empty_like(rpb)
             partial = q.new_empty(partials * rpb.numel(), dtype=torch.float32)
         key_mask = None if key_mask is None else key_mask.contiguous()
         d_lse = None if d_lse is None else d_lse.contiguous()
-        optional = (partial, d_rpb, rpb, key_mask, seed)
+        optional = (statistics, partial, d_rpb, rpb, key_mask, seed)
         middle = _BACKWARD.pack(
             scale, 1 / (1 - dropout_p), drop_threshold(dropout_p), *addresses[:5], lse.data_ptr(),
-            0 if d_lse is None else d_lse.data_ptr(), *addresses[5:], statistics.data_ptr(),
+            0 if d_lse is None else d_lse.data_ptr(), *addresses[5:],
             *[0 if x is None else x.data_ptr() for x in optional],
         )  # fmt: skip
         for launch in launches:

@@ -93,16 +93,16 @@ def measured_choice(kernel: str, space: Space, head_dim: int) -> _Choice | None:
     lengths, kernel_size = zip(*((axis.group_lengths[0], axis.kernel_size) for axis in space.axes), strict=True)
     key = lengths, kernel_size, head_dim
     if space.itemsize == 4:
-        return _FLOAT32[kernel].get(key)
-    wanted = _PLANS[kernel].get(key)
-    return _WITH_BIAS[kernel].get(key, wanted) if space.has_rpb else wanted
+        return _FLOAT32.get(kernel, {}).get(key)
+    wanted = _PLANS.get(kernel, {}).get(key)
+    return _WITH_BIAS.get(kernel, {}).get(key, wanted) if space.has_rpb else wanted
 
 
 def measured(kernel: str, space: Space, head_dim: int, plans: Iterable) -> list:
     """Of ``plans`` those that are the measured one (they differ in their chunks at most), or none.
 
     Args:
-        kernel: forward, backward_q or backward_kv.
+        kernel: forward, backward_q, backward_kv or backward_qkv.
         head_dim: the larger one, of keys and of values.
     """
     wanted = measured_choice(kernel, space, head_dim)

@@ -1,9 +1,9 @@
 """How a tensor-core kernel of csrc/fused covers a problem: row tile, block, stages of shared memory. Pure functions.
 
-The words (row, column, box, line, halo, chunk, step) and every constant are explained in csrc/fused/geometry.cuh. The
-same plan serves kernels whose rows are queries (forward, the gradient of q) and whose rows are keys (gradients of k and
-v): ``Demands`` says what a kernel keeps in shared memory and registers. How the best plan is found: fused_search.py, by
-the costs of fused_forward_plan.py and fused_gradient_plan.py.
+The words (row, column, box, line, halo, chunk, step) and every constant are explained in csrc/fused/geometry.cuh. One
+plan serves kernels whose rows are queries (forward, the gradient of q), keys (gradients of k and v) or one after the
+other (all gradients in one pass): ``Demands`` says what a kernel keeps in shared memory and registers. How the best
+plan is found: fused_search.py, by the costs of fused_forward_plan.py and fused_gradient_plan.py.
 
 Shared memory of a block, from its start: ``stages`` times the columns of a chunk (one matrix of rows a dim of
 ``Demands.columns``, one after the other, then ``column_bytes`` a token, each padded to 128 bytes), ``stages`` times a
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from natrain.ops.fused_tiles import Classes, Space, row_pitch
+from natrain.ops.fused_tiles import Classes, Rows, Space, row_pitch
 
 # Shared memory of a multiprocessor, and the most a block may have, by compute capability.
 _SHARED = {(8, 0): (164, 163), (8, 6): (100, 99), (8, 7): (164, 163), (8, 9): (100, 99), (12, 0): (100, 99)}
@@ -68,7 +68,7 @@ class Demands:
     most_groups: int = 8
     row_buffers: int = 1
     column_bytes: int = 0
-    rows_are_keys: bool = False
+    rows_are: Rows = "queries"
     fewest_stages: int = 2
 
     @staticmethod
@@ -102,7 +102,7 @@ class Plan:
     tiles: tuple[int, int, int]
     splits: int
     grid: int
-    rows_are_keys: bool
+    rows_are: Rows
     cost: float
 
     @property
@@ -122,7 +122,7 @@ class Plan:
             "NATRAIN_STAGES": self.stages,
             "NATRAIN_MIN_BLOCKS": self.min_blocks,
             "NATRAIN_SHARED_BYTES": self.shared_bytes,
-            "NATRAIN_ROWS_ARE_KEYS": int(self.rows_are_keys),
+            "NATRAIN_ROWS": ("queries", "keys", "both").index(self.rows_are),
             "NATRAIN_MOST_STAGED_BIAS": STAGED_BIAS_BYTES,
         }
         if self.classes is not None:

@@ -64,7 +64,7 @@ def _warp_boxes(most: tuple[int, int, int]) -> tuple[tuple[int, int, int], ...]:
 
 
 def _boxes(space: Space, demands: Demands, row_tile: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
-    z, y, x = (box_extent(axis, demands.rows_are_keys, tile) for axis, tile in zip(space.axes, row_tile, strict=True))
+    z, y, x = (box_extent(axis, demands.rows_are, tile) for axis, tile in zip(space.axes, row_tile, strict=True))
     if x <= 8:
         yield z, round_up(y, 2), 8
     yield z, y, round_up(x, 16)
@@ -209,7 +209,7 @@ class Search:
         splits, images = _splits(self.space.batch, block.combinations, slots, setup)
         return Plan(
             block.row_tile, block.warps, block.box, *columns, stages, blocks, shared_bytes, block.tiles, splits,
-            block.combinations * splits, self.demands.rows_are_keys, images * cycles,
+            block.combinations * splits, self.demands.rows_are, images * cycles,
         )  # fmt: skip
 
     @staticmethod
@@ -260,7 +260,7 @@ class Search:
         fewest_warps = max(self.demands.columns) * self.space.itemsize // 16 / 32
         for row_tile in _row_tiles(self.space):
             offsets = [
-                box_offsets(axis, self.demands.rows_are_keys, tile, _MOST_WARPS)
+                box_offsets(axis, self.demands.rows_are, tile, _MOST_WARPS)
                 for axis, tile in zip(self.space.axes, row_tile, strict=True)
             ]
             most = tuple(
@@ -299,7 +299,7 @@ class Search:
         groups = math.prod(box) // 16
         if groups <= self.demands.most_groups:
             if box[0] == self.space.axes[0].kernel_size == 1 and row_tile[1] * warps[1] <= 32:
-                classes = Classes.of(self.space, self.demands.rows_are_keys, row_tile, warps, box)
+                classes = Classes.of(self.space, self.demands.rows_are, row_tile, warps, box)
                 class_bytes = classes.bytes(row_tile, warps, box)
                 if class_bytes <= _TABLE_BYTES:
                     columns = Columns(halo, box, True, False, 2, classes)

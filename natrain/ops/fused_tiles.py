@@ -8,12 +8,16 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from natrain.ops.geometry import three_axes
 from natrain.ops.problem import Window
 from natrain.ops.window import window_bounds
+
+# What the rows of a kernel are (enum Side of csrc/fused/geometry.cuh).
+Rows = Literal["queries", "keys", "both"]
 
 
 def row_pitch(dim: int, itemsize: int) -> int:
@@ -77,33 +81,36 @@ class Space:
 
 
 @functools.lru_cache(maxsize=1024)
-def columns_of_rows(axis: Axis, n: int, rows_are_keys: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def columns_of_rows(axis: Axis, n: int, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     """First column and one past the last of every row of a group of n positions."""
-    first, end = window_bounds(torch.arange(n), torch.tensor(n), axis.kernel_size, axis.stride, axis.is_causal)
-    if not rows_are_keys:
+    row = torch.arange(n)
+    first, end = window_bounds(row, torch.tensor(n), axis.kernel_size, axis.stride, axis.is_causal)
+    if rows == "queries":
         return first, end
     # Starts and ends never decrease, so that the queries of a key are an interval.
-    keys = torch.arange(n)
-    return torch.searchsorted(end, keys, right=True), torch.searchsorted(first.contiguous(), keys, right=True)
+    of_key = torch.searchsorted(end, row, right=True), torch.searchsorted(first.contiguous(), row, right=True)
+    if rows == "keys":
+        return of_key
+    return torch.minimum(first, of_key[0]).minimum(row), torch.maximum(end, of_key[1]).maximum(row + 1)
 
 
 @functools.lru_cache(maxsize=65536)
-def box_extent(axis: Axis, rows_are_keys: bool, tile: int) -> int:
+def box_extent(axis: Axis, rows: Rows, tile: int) -> int:
     """Columns that the rows of a tile reach together, at most."""
     most = 0
     for n in axis.group_lengths:
-        first, end = columns_of_rows(axis, n, rows_are_keys)
+        first, end = columns_of_rows(axis, n, rows)
         starts = torch.arange(0, n, tile)
         most = max(most, int((end[(starts + tile - 1).clamp(max=n - 1)] - first[starts]).max()))
     return most
 
 
 @functools.lru_cache(maxsize=65536)
-def box_offsets(axis: Axis, rows_are_keys: bool, tile: int, most_warps: int) -> tuple[int, ...]:
+def box_offsets(axis: Axis, rows: Rows, tile: int, most_warps: int) -> tuple[int, ...]:
     """How far a warp's box may begin behind its block's halo, for blocks of 1 to ``most_warps`` warps."""
     most = torch.zeros(most_warps, dtype=torch.int64)
     for n in axis.group_lengths:
-        first, _ = columns_of_rows(axis, n, rows_are_keys)
+        first, _ = columns_of_rows(axis, n, rows)
         starts = first[::tile]
         warps = torch.arange(1, most_warps + 1)[:, None]
         blocks = torch.arange(len(starts)) // warps * warps
@@ -121,13 +128,13 @@ class Classes:
     margin: int
 
     @staticmethod
-    def of(space: Space, rows_are_keys: bool, row_tile, warps, box) -> Classes:
+    def of(space: Space, rows: Rows, row_tile, warps, box) -> Classes:
         """The most that any block has."""
         _, axis_y, axis_x = space.axes
-        lines, before = _lines_of_classes(axis_y, rows_are_keys, row_tile[1])
+        lines, before = _lines_of_classes(axis_y, rows, row_tile[1])
         return Classes(
-            _most_classes(axis_y, rows_are_keys, 1, row_tile[1] * warps[1], space.has_rpb),
-            _most_classes(axis_x, rows_are_keys, row_tile[2], warps[2], space.has_rpb),
+            _most_classes(axis_y, rows, 1, row_tile[1] * warps[1], space.has_rpb),
+            _most_classes(axis_x, rows, row_tile[2], warps[2], space.has_rpb),
             lines,
             max(before, box[1] - lines),
         )
@@ -142,22 +149,22 @@ class Classes:
 
 
 @functools.lru_cache(maxsize=65536)
-def _lines_of_classes(axis: Axis, rows_are_keys: bool, tile: int) -> tuple[int, int]:
+def _lines_of_classes(axis: Axis, rows: Rows, tile: int) -> tuple[int, int]:
     """Most columns of a row, and how many lines a box begins before them at most."""
     most = before = 0
     for n in axis.group_lengths:
-        first, end = columns_of_rows(axis, n, rows_are_keys)
+        first, end = columns_of_rows(axis, n, rows)
         most = max(most, int((end - first).max()))
         before = max(before, int((first - first[torch.arange(n) // tile * tile]).max()))
     return most, before
 
 
 @functools.lru_cache(maxsize=65536)
-def _most_classes(axis: Axis, rows_are_keys: bool, size: int, count: int, has_rpb: bool) -> int:
+def _most_classes(axis: Axis, rows: Rows, size: int, count: int, has_rpb: bool) -> int:
     """Runs of equal units in a block of ``count`` units of ``size`` rows, as seen from a unit's first column."""
     most = 1
     for n in axis.group_lengths:
-        changes = _changes(axis, n, rows_are_keys, size, has_rpb)
+        changes = _changes(axis, n, rows, size, has_rpb)
         blocks = -(-n // (size * count))
         of_block = changes[count - 1 :: count][:blocks] - changes[::count][:blocks]
         most = max(most, 1 + int(of_block.max()))
@@ -168,10 +175,10 @@ _MOST_UNITS = 64  # of a block
 
 
 @functools.lru_cache(maxsize=4096)
-def _changes(axis: Axis, n: int, rows_are_keys: bool, size: int, has_rpb: bool) -> torch.Tensor:
+def _changes(axis: Axis, n: int, rows: Rows, size: int, has_rpb: bool) -> torch.Tensor:
     """How many units up to each one of a group of n positions differ from the one before; a last block may lack some
     of its units, which then repeat the last row."""
-    first, end = columns_of_rows(axis, n, rows_are_keys)
+    first, end = columns_of_rows(axis, n, rows)
     unit = (torch.arange(-(-n // size) + _MOST_UNITS) * size)[:, None]
     rows = (unit + torch.arange(size)).clamp(max=n - 1)
     origin = first[unit.clamp(max=n - 1)]

@@ -36,7 +36,7 @@ def find(kernel: str, space: Space, demands: Demands, device: Device) -> dict[st
     """What ``store`` was given for this problem; None where nothing was, or the file does not hold it.
 
     Args:
-        kernel: forward, backward_q or backward_kv.
+        kernel: forward, backward_q, backward_kv or backward_qkv.
         device: that has plans of its own where ``tuned_as`` says so.
     """
     if not device.tuned_as:

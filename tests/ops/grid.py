@@ -157,3 +157,16 @@ def grid(count: int = 40, seed: int = 0) -> list[Case]:
     """The chosen cases and ``count`` drawn ones; equal arguments give equal cases."""
     rng = random.Random(seed)
     return CHOSEN + [_draw(rng) for _ in range(count)]
+
+
+# Short windows in one line, without a bias: what fused does backward in one pass.
+LINES = [
+    Case(5, (200,), 2, 32, (3,), (1,), (1,), (False,), False),
+    Case(2, (67,), 1, 64, (7,), (1,), (1,), (False,), False),
+    Case(2, (45,), 2, 40, (4,), (3,), (1,), (False,), False),  # even, groups of one length
+    Case(2, (91,), 2, 16, (9,), (2,), (4,), (False,), False),  # groups of two lengths
+    Case(2, (64,), 2, 32, (6,), (1,), (2,), (True,), False),
+    Case(1, (130,), 1, 128, (21,), (1,), (1,), (False,), False),
+    Case(1, (17,), 1, 8, (17,), (1,), (1,), (False,), False),
+    Case(2, (3, 2, 50), 2, 24, (1, 1, 5), (1, 1, 2), (1, 1, 1), (False, False, True), False),
+]

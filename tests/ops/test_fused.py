@@ -17,7 +17,7 @@ import natrain
 from natrain.ops import fused
 from natrain.ops.registry import get_kernel
 from tests.ops import judge
-from tests.ops.grid import CHOSEN, Case, grid
+from tests.ops.grid import CHOSEN, LINES, Case, grid
 from tests.ops.judge import ATOL, Inputs, requested_bytes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
@@ -42,7 +42,15 @@ def test_error_is_at_most_twice_the_same_dtype_composition(case, dtype):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", [NAT, *GRID[::3]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", LINES, ids=str)
+def test_backward_in_one_pass(case, dtype):
+    with fused.launching({}):
+        check(case, dtype)
+        assert [len(launches) for launches, _ in fused.launches().values()] == [1, 1]
+
+
+@pytest.mark.parametrize("case", [NAT, *GRID[::3], *LINES[1::2]], ids=str)
 def test_tf32_where_torch_allows_it(case, tf32):
     judge.check_tf32(case, "fused")
 

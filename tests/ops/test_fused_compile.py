@@ -12,6 +12,7 @@ import torch
 from natrain.jit import cuda
 from natrain.jit.build import build
 from natrain.ops import fused
+from natrain.ops.precision import tf32_products
 from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
 from tests.emulator.fixture import emulated
@@ -162,11 +163,22 @@ def test_reasons_against_a_problem():
     assert not kernel.unsupported_reasons(replace(large, has_rpb=False))
 
 
-def test_backward_of_a_wide_head_spills_nothing(ptxas_report):
-    """Head dim 128 of a short window in one dimension, whose loops over pieces of rows are the longest."""
+def test_backward_of_a_wide_head_spills_nothing(ptxas_report, monkeypatch):
+    """Head dim 128, short window, one dimension, whose loops over pieces of rows are the longest; in two passes."""
     window = Window((3,), (1,), (1,), (False,))
     problem = Problem(4, (7470,), 12, 128, window, torch.float16, "cuda", (9, 0), needs_grad=True)
+    monkeypatch.setattr(fused, "one_pass_plan", lambda problem, device: None)
     backward = [spec for spec in specs(problem, "sm_90a") if "backward" in spec.name]
     assert len(backward) == 2
     for spec in backward:
         assert re.search(r"(\d+) bytes spill stores", ptxas_report(spec))[1] == "0", spec.name
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0), (torch.float32, 64)])
+def test_backward_in_one_pass_spills_little(dtype, most, ptxas_report):
+    """Of head dim 64, where the offsets of five tensors, if kept, left too few registers."""
+    window = Window((5,), (1,), (1,), (False,))
+    problem = Problem(51, (5066,), 8, 64, window, dtype, "cuda", (9, 0), needs_grad=True)
+    with tf32_products(True):
+        (spec,) = [spec for spec in specs(problem, "sm_90a") if "backward" in spec.name]
+    assert int(re.search(r"(\d+) bytes spill stores", ptxas_report(spec))[1]) <= most

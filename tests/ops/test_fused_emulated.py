@@ -14,7 +14,7 @@ from natrain.ops.precision import tf32_products
 from natrain.ops.registry import get_kernel
 from tests.emulator.fixture import emulated
 from tests.ops import judge
-from tests.ops.grid import CHOSEN, Case, grid
+from tests.ops.grid import CHOSEN, LINES, Case, grid
 from tests.ops.judge import ATOL, Inputs
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
@@ -37,6 +37,21 @@ def test_forward_and_every_gradient(case, dtype):
     check(case, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("case", LINES, ids=str)
+def test_backward_in_one_pass(case, dtype):
+    with fused.launching({}):
+        check(case, dtype)
+        assert [len(launches) for launches, _ in fused.launches().values()] == [1, 1]
+
+
+@pytest.mark.parametrize("value_dim", [8, 72])
+def test_backward_in_one_pass_of_another_value_dim(value_dim):
+    with fused.launching({}):
+        check(LINES[3], torch.float16, value_dim=value_dim)
+        assert [len(launches) for launches, _ in fused.launches().values()] == [1, 1]
+
+
 @pytest.mark.parametrize("case", CHOSEN[3:21:3], ids=str)
 def test_the_shapes_that_break_tilings(case):
     check(case, torch.bfloat16)
@@ -55,6 +70,8 @@ TF32_CASES = [
     Case(2, (20,), 1, 32, (3,), (1,), (1,), (False,), True),
     Case(1, (9, 10), 1, 128, (3, 3), (1, 1), (1, 1), (False, False), False),
     Case(1, (260,), 1, 64, (201,), (1,), (1,), (False,), True),
+    LINES[1],  # backward in one pass
+    LINES[5],  # also of rows that registers do not hold
 ]
 
 
@@ -111,7 +128,7 @@ def test_halos_that_come_in_chunks(spatial, kernel_size):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("case", [NAT, CHOSEN[14]], ids=str)
+@pytest.mark.parametrize("case", [NAT, CHOSEN[14], LINES[0]], ids=str)
 def test_no_barrier_is_missing(case, seed):
     """Warps, lanes and blocks take turns at random."""
     check(case, torch.float16, seed=seed)

@@ -44,13 +44,16 @@ SPACES = [
 ]
 
 
-def _columns(axis, n: int, rows_are_keys: bool) -> list[tuple[int, int]]:
+def _columns(axis, n: int, rows: str) -> list[tuple[int, int]]:
     """First column and one past the last of every row."""
     windows = [oracle.window_of(p, n, axis.kernel_size, axis.stride, axis.is_causal) for p in range(n)]
-    if not rows_are_keys:
+    if rows == "queries":
         return windows
     queries = [[i for i, (start, end) in enumerate(windows) if start <= key < end] for key in range(n)]
-    return [(found[0], found[-1] + 1) for found in queries]
+    if rows == "keys":
+        return [(found[0], found[-1] + 1) for found in queries]
+    of_both = [[row, *range(*windows[row]), *queries[row]] for row in range(n)]
+    return [(min(found), max(found) + 1) for found in of_both]
 
 
 def _sample(space: Space, demands: Demands, count: int = 12) -> list[Plan]:
@@ -58,15 +61,15 @@ def _sample(space: Space, demands: Demands, count: int = 12) -> list[Plan]:
     return random.Random(0).sample(plans, min(count, len(plans)))
 
 
-@pytest.mark.parametrize("rows_are_keys", [False, True])
+@pytest.mark.parametrize("rows", ["queries", "keys", "both"])
 @pytest.mark.parametrize("space", SPACES, ids=str)
-def test_boxes_and_chunks_hold_every_column(space, rows_are_keys):
-    demands = Demands((32, 32), (32,), 64, rows_are_keys=rows_are_keys)
+def test_boxes_and_chunks_hold_every_column(space, rows):
+    demands = Demands((32, 32), (32,), 64, rows_are=rows)
     for plan in _sample(space, demands):
         for a, axis in enumerate(space.axes):
             tile, warps = plan.row_tile[a], plan.warps[a]
             for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
-                columns = _columns(axis, n, rows_are_keys)
+                columns = _columns(axis, n, rows)
                 for row in range(n):
                     warp_first = row // tile * tile
                     box = columns[warp_first][0]
@@ -84,7 +87,7 @@ def test_classes_are_as_many_as_any_block_has(space):
         _, axis, axis_x = space.axes
         rows_of_block, margin = plan.row_tile[1] * plan.warps[1], plan.classes.margin
         for n in {-(-axis.length // axis.dilation), axis.length // axis.dilation}:
-            columns = _columns(axis, n, False)
+            columns = _columns(axis, n, "queries")
             kinds = [(row - first, end - first) for row, (first, end) in enumerate(columns)]
             for block in range(0, n, rows_of_block):
                 assert len(list(itertools.groupby(kinds[block : block + rows_of_block]))) <= plan.classes.y

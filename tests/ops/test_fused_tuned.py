@@ -19,6 +19,8 @@ from tests.ops.oracle import dense_attention
 
 HERE = Device(tuned_as="a GPU")
 WORDS = {"shape": "20x19", "batch": 2, "heads": 2, "head_dim": 32, "kernel_size": 5, "dtype": "fp16", "rpb": True}
+LINE = {"shape": "200", "batch": 2, "heads": 2, "head_dim": 32, "kernel_size": 5, "dtype": "fp16"}
+TWO_PASSES = ("forward", "backward_q", "backward_kv")
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +39,11 @@ def stored(case: Case, kernel: str, plan, device=HERE) -> dict:
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("kernel", plans.KERNELS)
 @pytest.mark.parametrize(
-    "case", [Case.of(WORDS), layers.LAYERS[0].case(torch.bfloat16, True)], ids=lambda case: case.name
+    ("case", "kernel"),
+    [(case, kernel) for case in (Case.of(WORDS), layers.LAYERS[0].case(torch.bfloat16, True)) for kernel in TWO_PASSES]
+    + [(Case.of(LINE), "backward_qkv")],
+    ids=lambda value: getattr(value, "name", value),
 )
 def test_a_stored_plan_is_taken_on_its_gpu_alone(case, kernel):
     chosen, *_, other = plans.plans(case, HERE, 5, kernel)
@@ -94,7 +98,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(plans, "compile_all", lambda wanted, arch: None)
 
     def timed(kernel, case, found):
-        factors = {"forward": 0.5, "backward_q": 0.995, "backward_kv": 2.0}
+        factors = {"forward": 0.5, "backward_q": 0.995, "backward_kv": 2.0, "backward_qkv": 0.7}
         yield from ((1.0 if index == 0 else factors[kernel], plan) for index, plan in enumerate(found))
 
     monkeypatch.setattr(plans, "timed", timed)
@@ -111,17 +115,24 @@ def test_three_terms_of_float32_have_plans_of_their_own():
 
 def test_tuning_keeps_what_is_faster(a_gpu, own_cache):
     case = Case.of(WORDS)
-    before = {kernel: plans.plans(case, HERE, 1, kernel) for kernel in plans.KERNELS}
+    before = {kernel: plans.plans(case, HERE, 1, kernel) for kernel in TWO_PASSES}
     found = list(plans.tune([case], most=3))
     assert [(x.kernel, x.before_ms, x.after_ms) for x in found] == [
         ("forward", 1.0, 0.5),
         ("backward_q", 1.0, 1.0),
         ("backward_kv", 1.0, 1.0),
     ]
-    after = {kernel: plans.plans(case, HERE, 1, kernel)[0] for kernel in plans.KERNELS}
+    after = {kernel: plans.plans(case, HERE, 1, kernel)[0] for kernel in TWO_PASSES}
     assert after["forward"] == before["forward"][1]
     assert all(after[kernel] == before[kernel][0] for kernel in ("backward_q", "backward_kv"))
     assert len(list((own_cache / "plans").iterdir())) == 3
+
+
+def test_a_backward_of_one_pass_is_tuned_as_one(a_gpu):
+    found = [(x.kernel, x.after_ms) for x in plans.tune([Case.of(LINE)], most=3)]
+    assert found == [("forward", 0.5), ("backward_qkv", 0.7)] and fused_tuned.count() == 2
+    with fused.taking("backward_kv", plans.plans(Case.of(LINE), HERE, 0, "backward_kv")[0]):
+        assert plans.kernels_of(Case.of(LINE), HERE) == TWO_PASSES
 
 
 def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
@@ -168,7 +179,7 @@ def test_a_tuned_problem_is_still_right(dtype):
     with tf32_products(True):
         found = list(plans.tune([case], most=3))
         out = natrain.na2d(q, k, v, 5, rpb=rpb, kernel="fused")
-    assert [x.kernel for x in found] == list(plans.KERNELS) and all(0 < x.after_ms <= x.before_ms for x in found)
+    assert [x.kernel for x in found] == list(TWO_PASSES) and all(0 < x.after_ms <= x.before_ms for x in found)
     assert fused_tuned.count() == 3
     window = {"kernel_size": (5, 5), "dilation": (1, 1), "stride": (1, 1), "is_causal": (False, False)}
     expected, _ = dense_attention(*(x.double().cpu() for x in (q, k, v, rpb)), window, 32**-0.5)

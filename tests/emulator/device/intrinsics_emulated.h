@@ -168,11 +168,16 @@ inline void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], const unsign
   emulator::collective("mma_m16n8k8_tf32", place, 0xffffffffu, &request, emulated::finish_product<emulated::Tf32>);
 }
 
+inline void hide(unsigned&) {}
+
 inline void cp_async_16(unsigned shared, const void* global, bool valid, EMULATOR_HERE) {
   emulator::copy_async(place, 16, shared, global, valid);
 }
 inline void cp_async_8(unsigned shared, const void* global, bool valid, EMULATOR_HERE) {
   emulator::copy_async(place, 8, shared, global, valid);
+}
+inline void cp_async_4(unsigned shared, const void* global, bool valid, EMULATOR_HERE) {
+  emulator::copy_async(place, 4, shared, global, valid);
 }
 inline void cp_async_commit() { emulator::commit_async(); }
 template <int N>
