@@ -122,6 +122,8 @@ _OF_QKV = Costs(
     moved=0.775,
     registers=((145, 1.5), (164, 1.23)),
 )
+# In 16 bits, of a block of one warp; in float32 the search has a factor of its own.
+_LONE_WARP = 1.15
 _COSTS = {"queries": _OF_Q, "keys": _OF_KV, "both": _OF_QKV}
 _KERNELS = {"queries": "backward_q", "keys": "backward_kv", "both": "backward_qkv"}
 
@@ -165,6 +167,10 @@ class _OnePass(Search):
 
     def __init__(self, space: Space, demands: Demands, device: Device) -> None:
         super().__init__(space, demands, device, _COSTS["both"])
+
+    def _warp_cycles(self, block: Block, computed: int, of_group: float, chunks: float, blocks: int) -> float:
+        cycles = super()._warp_cycles(block, computed, of_group, chunks, blocks)
+        return cycles * (_LONE_WARP if block.count == 1 and not self._is_float32 else 1)
 
     def fit(self, draft: Draft) -> tuple[int, int]:
         return min(draft.min_blocks, _most_blocks(draft.block.count, self.demands.registers)), draft.shared_bytes

@@ -43,6 +43,9 @@ _START_CYCLES = (70, 8, 0)
 # In float32: times what grows with the columns' rows where factors are rounded for every product (IS_ROUNDED of
 # csrc/fused/halo.cuh), times all for the warp of a block that has no other to hide what it rounds.
 _UNROUNDED, _LONE_WARP = 1.6, 1.2
+# Exponent of what warps idle with chunks: the others have the multiprocessor for themselves. Of 225 plans each of forward
+# and dQ it leaves the choice 1.6 and 2 % nearer to the best.
+_IDLE = 0.3
 
 
 def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
@@ -400,6 +403,8 @@ class Search:
             work *= self.costs.straight if columns.resident else 1
         else:
             work *= 1 if columns.resident else 1.3
+        if not columns.resident:
+            work *= _idleness(block, columns.chunk) ** _IDLE
         # What registers the warps of a multiprocessor lack is spilled.
         registers = min(255, _REGISTERS // (32 * block.count * blocks) // 8 * 8)
         work *= math.exp(3 * max(0.0, 1 - registers / self._wanted_registers) ** 2)
@@ -430,6 +435,15 @@ class Search:
         rows = 16 * warp_count * self._row_bytes
         cached = fetched * self._row_bytes + self.costs.cached * rows
         return max(cached / _CACHE_BYTES, self.costs.moved * rows / _MEMORY_BYTES)
+
+
+def _idleness(block: Block, chunk: tuple[int, int, int]) -> float:
+    """Chunks of a block times the part of its box that a warp finds in one: 1 where none waits for others' columns."""
+    idle = 1.0
+    for box, halo, extent in zip(block.box, block.halo, chunk, strict=True):
+        if extent < halo:
+            idle *= max(1.0, -(-halo // extent) * min(box, extent) / box)
+    return idle
 
 
 def _setup_images(draft: Draft, cycles: float) -> float:
