@@ -10,6 +10,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ _NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: this thread has not yet touched
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _GRANTED_SHARED = 48 * 1024  # bytes of shared memory a block gets without asking
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
+_MOST_CONFIGS = 1024
 _OVERLAP_DRIVER = 12030  # the first whose graphs know overlapping launches
 _OVERLAP_CAPABILITY = (9, 0)
 
@@ -47,11 +49,7 @@ _OVERLAPPING = ctypes.pointer(_LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZA
 
 @functools.lru_cache(maxsize=1)
 def _cuda() -> ctypes.CDLL:
-    cuda = ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
-    cuda.cuLaunchKernel.argtypes = [
-        ctypes.c_void_p, *[ctypes.c_uint] * 7, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p
-    ]  # fmt: skip
-    return cuda
+    return ctypes.CDLL("nvcuda.dll" if hasattr(ctypes, "WinDLL") else "libcuda.so.1")
 
 
 @functools.cache
@@ -96,6 +94,9 @@ class CudaKernel:
         # The kernel in a device's context, which a launch of the library's handle would have to find every time.
         self._functions: dict[int, ctypes.c_void_p] = {}
         self._largest_shared: dict[int, int] = {}
+        # What launches so far differed in besides their arguments, as the driver takes it. Never changed once made, so
+        # that threads may share it; making one takes as long as the rest of a launch.
+        self._configs: dict[tuple, Any] = {}
         _check(_cuda().cuLibraryGetKernel(ctypes.byref(self._handle), library, name.encode()), f"finding kernel {name}")
 
     def launch(
@@ -128,14 +129,16 @@ class CudaKernel:
             _check(status, f"asking for {shared_bytes} bytes of shared memory for {self.name}")
             self._largest_shared[device] = shared_bytes
         stream = torch._C._cuda_getCurrentRawStream(device)
+        key = grid, block, shared_bytes, stream, overlaps
+        config = self._configs.get(key)
+        if config is None:
+            if len(self._configs) >= _MOST_CONFIGS:
+                self._configs.clear()
+            attributes = (_OVERLAPPING, 1) if overlaps else (None, 0)
+            made = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, stream, *attributes)
+            config = self._configs[key] = ctypes.byref(made)
         # One parameter: the address of the struct, which is that of the bytes.
-        parameters = _Parameters(arguments)
-        if overlaps:
-            config = _LaunchConfig((grid, 1, 1), (block, 1, 1), shared_bytes, stream, _OVERLAPPING, 1)
-            status = _in_context(device, _cuda().cuLaunchKernelEx, ctypes.byref(config), function, parameters, None)
-        else:
-            launch = (function, grid, 1, 1, block, 1, 1, shared_bytes, stream, parameters, None)
-            status = _in_context(device, _cuda().cuLaunchKernel, *launch)
+        status = _in_context(device, _cuda().cuLaunchKernelEx, config, function, _Parameters(arguments), None)
         if status:
             _check(status, f"launching {self.name}")
 

@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -258,8 +259,27 @@ class _Launch:
         self.kernel.launch(self.grid, self.threads, arguments, device, self.shared_bytes, self.overlaps)
 
 
+class _Ready(NamedTuple):
+    """A forward or backward but for addresses.
+
+    ``results``: what it allocates, each as one element seen as the whole tensor: torch makes a tensor like another one
+    in half the time that it takes from a shape and a dtype.
+    """
+
+    launches: tuple[_Launch, ...]
+    results: tuple[Tensor, ...]
+
+
+def _as_whole(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(1, dtype=dtype, device=like.device).expand(shape)
+
+
+def _allocated(pattern: Tensor) -> Tensor:
+    return torch.empty_like(pattern, memory_format=torch.contiguous_format)
+
+
 # Keyed by all that a launch depends on but addresses; emptied when shapes keep changing. None: a tensor must be copied.
-_launches: dict[tuple, tuple[tuple[_Launch, ...], int] | None] = {}
+_launches: dict[tuple, _Ready | None] = {}
 _MOST_LAUNCHES = 4096
 
 
@@ -300,7 +320,7 @@ def forget_plans() -> None:
     choose_gradient_plan.cache_clear()
 
 
-def _remember(key: tuple, value: tuple[tuple[_Launch, ...], int] | None):
+def _remember(key: tuple, value: _Ready | None) -> _Ready | None:
     if len(_launches) >= _MOST_LAUNCHES:
         _launches.clear()
     _launches[key] = value
@@ -354,16 +374,13 @@ class FusedCuda(FusedKernel):
         return [cuda.kernel_spec(*part.source, dict(part.defines), arch) for part in parts]
 
     def forward(self, problem, q, k, v, rpb, key_mask, seed, scale, dropout_p):
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        if not out.numel():
-            return out, lse
+        if not q.numel() or not v.numel():
+            return q.new_empty((*q.shape[:-1], v.shape[-1])), q.new_empty(q.shape[:-1], dtype=torch.float32)
         device = q.get_device()
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
         key = (
-            problem.window, q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, device,
-            rpb is None, key_mask is None, dropout_p == 0, (addresses[0] | addresses[1] | addresses[2]) % ACCESS_BYTES,
-            q.dtype is torch.float32 and is_tf32_allowed(),
+            problem, device, (addresses[0] | addresses[1] | addresses[2]) % ACCESS_BYTES,
+            q.dtype is torch.float32 and is_tf32_allowed(), q.stride(), k.stride(), v.stride(),
         )  # fmt: skip
         found = _launches.get(key, self)
         if found is self:
@@ -372,6 +389,7 @@ class FusedCuda(FusedKernel):
             return self.forward(
                 problem, _readable(q), _readable(k), _readable(v), rpb, key_mask, seed, scale, dropout_p
             )
+        out, lse = map(_allocated, found.results)
         rpb = None if rpb is None else _as_bias(rpb)
         key_mask = None if key_mask is None else key_mask.contiguous()
         middle = _FORWARD.pack(
@@ -379,7 +397,7 @@ class FusedCuda(FusedKernel):
             0 if rpb is None else rpb.data_ptr(), 0 if key_mask is None else key_mask.data_ptr(),
             0 if seed is None else seed.data_ptr(),
         )  # fmt: skip
-        found[0][0](middle, device)
+        found.launches[0](middle, device)
         return out, lse
 
     @staticmethod
@@ -391,7 +409,8 @@ class FusedCuda(FusedKernel):
         out = Layout(0, (0, 0, 0), 0, problem.num_tokens * problem.heads * problem.value_dim)
         offset = offset_type(*map(Layout.of, tensors), out)
         part = forward_part(problem, _constants(problem, offset), device_of(device))
-        return (_Launch.of(part, tensors, device),), 0
+        results = _as_whole(q, (*q.shape[:-1], v.shape[-1]), q.dtype), _as_whole(q, q.shape[:-1], torch.float32)
+        return _Ready((_Launch.of(part, tensors, device),), results)
 
     def backward(
         self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v
@@ -405,8 +424,8 @@ class FusedCuda(FusedKernel):
         for address in addresses:
             alignment |= address
         key = (
-            problem.window, q.shape, k.shape, v.shape, q.dtype, device, rpb is None, key_mask is None, dropout_p == 0,
-            alignment % ACCESS_BYTES, q.dtype is torch.float32 and is_tf32_allowed(), *[x.stride() for x in tensors],
+            problem, device, alignment % ACCESS_BYTES, q.dtype is torch.float32 and is_tf32_allowed(),
+            *[x.stride() for x in tensors],
         )  # fmt: skip
         found = _launches.get(key, self)
         if found is self:
@@ -422,15 +441,12 @@ class FusedCuda(FusedKernel):
                 if to is not x:
                     to.copy_(x)
             return d_rpb
-        launches, partials = found
-        batch, *_, heads, _ = q.shape
-        partial = d_rpb = statistics = None
-        if len(launches) > 1:
-            statistics = q.new_empty((batch, heads, q.shape[1:-2].numel(), 2), dtype=torch.float32)
+        results = [_allocated(pattern) for pattern in found.results]
+        statistics = results[0] if results else None
+        partial = d_rpb = None
         if rpb is not None:
             rpb = _as_bias(rpb)
-            d_rpb = torch.empty_like(rpb)
-            partial = q.new_empty(partials * rpb.numel(), dtype=torch.float32)
+            d_rpb, partial = torch.empty_like(rpb), results[1]
         key_mask = None if key_mask is None else key_mask.contiguous()
         d_lse = None if d_lse is None else d_lse.contiguous()
         optional = (statistics, partial, d_rpb, rpb, key_mask, seed)
@@ -439,7 +455,7 @@ class FusedCuda(FusedKernel):
             0 if d_lse is None else d_lse.data_ptr(), *addresses[5:],
             *[0 if x is None else x.data_ptr() for x in optional],
         )  # fmt: skip
-        for launch in launches:
+        for launch in found.launches:
             launch(middle, device)
         return d_rpb
 
@@ -452,7 +468,13 @@ class FusedCuda(FusedKernel):
         parts = backward_parts(problem, _constants(problem, offset), device_of(device))
         overlaps = can_overlap(device)
         launches = [_Launch.of(part, tensors, device, overlaps and index > 0) for index, part in enumerate(parts)]
-        return tuple(launches), parts[0].plan.grid // problem.heads
+        # The statistics of queries, and a table of the bias for every block.
+        results = []
+        if len(parts) > 1:
+            results.append((problem.batch, problem.heads, problem.num_tokens, 2))
+        if problem.has_rpb:
+            results.append((parts[0].plan.grid, math.prod(problem.window.rpb_shape)))
+        return _Ready(tuple(launches), tuple(_as_whole(tensors[0], shape, torch.float32) for shape in results))
 
 
 register(FusedCuda())

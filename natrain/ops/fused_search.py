@@ -43,8 +43,8 @@ _START_CYCLES = (70, 8, 0)
 # In float32: times what grows with the columns' rows where factors are rounded for every product (IS_ROUNDED of
 # csrc/fused/halo.cuh), times all for the warp of a block that has no other to hide what it rounds.
 _UNROUNDED, _LONE_WARP = 1.6, 1.2
-# Exponent of what warps idle with chunks: the others have the multiprocessor for themselves. Of 225 plans each of forward
-# and dQ it leaves the choice 1.6 and 2 % nearer to the best.
+# Exponent of what warps idle with chunks: the others have the multiprocessor for themselves. Of 225 plans each of
+# forward and dQ it leaves the choice 1.6 and 2 % nearer to the best.
 _IDLE = 0.3
 
 

@@ -9,14 +9,14 @@ import torch
 from natrain.ops import naive
 from natrain.ops.registry import get_kernel
 from tests.ops import judge
-from tests.ops.grid import CHOSEN, FEATURES, Case
+from tests.ops.grid import CHOSEN, FEATURES, LINES, Case
 
 # An odd shape, dilation and stride, causal axes, a window as long as its axis, three dimensions; a wide head; a window
-# whose halo goes through shared memory in parts.
+# whose halo goes through shared memory in parts; short windows in one line.
 WIDE = Case(1, (9, 8), 2, 128, (3, 3), (1, 1), (1, 1), (False, False), True)
 LONG = Case(1, (330,), 1, 16, (197,), (1,), (1,), (False,), True)
 CAUSAL_PLANES = Case(1, (8, 10, 8), 1, 32, (5, 5, 3), (1, 1, 1), (1, 5, 1), (False, True, False), False)
-CASES = [*(CHOSEN[i] for i in (1, 4, 9, 11, 13, 18)), WIDE, LONG, CAUSAL_PLANES]
+CASES = [*(CHOSEN[i] for i in (1, 4, 9, 11, 13, 18)), WIDE, LONG, CAUSAL_PLANES, LINES[0], LINES[3]]
 
 
 def mistake() -> None:

@@ -47,7 +47,7 @@ def test_error_is_at_most_twice_the_same_dtype_composition(case, dtype):
 def test_backward_in_one_pass(case, dtype):
     with fused.launching({}):
         check(case, dtype)
-        assert [len(launches) for launches, _ in fused.launches().values()] == [1, 1]
+        assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
 
 
 @pytest.mark.parametrize("case", [NAT, *GRID[::3], *LINES[1::2]], ids=str)

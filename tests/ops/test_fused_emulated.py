@@ -42,14 +42,14 @@ def test_forward_and_every_gradient(case, dtype):
 def test_backward_in_one_pass(case, dtype):
     with fused.launching({}):
         check(case, dtype)
-        assert [len(launches) for launches, _ in fused.launches().values()] == [1, 1]
+        assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
 
 
 @pytest.mark.parametrize("value_dim", [8, 72])
 def test_backward_in_one_pass_of_another_value_dim(value_dim):
     with fused.launching({}):
         check(LINES[3], torch.float16, value_dim=value_dim)
-        assert [len(launches) for launches, _ in fused.launches().values()] == [1, 1]
+        assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
 
 
 @pytest.mark.parametrize("case", CHOSEN[3:21:3], ids=str)
@@ -174,6 +174,21 @@ def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):
             results.append(judge.outputs(case, inputs, "fused"))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_what_inference_mode_prepared_serves_outside_of_it():
+    """Results of the second call are tensors like any other, though the first one's cannot be recorded."""
+    q = torch.randn(2, 9, 8, 1, 16)
+    with emulated(get_kernel("fused")), fused.launching({}):
+        with torch.inference_mode():
+            first = natrain.na2d(q, q, q, 3, kernel="fused")
+        with torch.no_grad():
+            second = natrain.na2d(q, q, q, 3, kernel="fused")
+        assert len(fused.launches()) == 1 and first.is_inference() and not second.is_inference()
+    assert torch.equal(first, second)
+    weight = torch.ones(16, requires_grad=True)
+    (second * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, second.sum((0, 1, 2, 3)))
 
 
 def test_nothing_to_do():
