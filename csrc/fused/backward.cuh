@@ -32,11 +32,6 @@ struct Arguments {
 };
 
 constexpr int STAGES = NATRAIN_STAGES;
-// Groups of columns that are computed without a branch in between, so that one does not wait for what another waits for:
-// where loops over chunks, or the sums of the bias gradient, leave the registers for it.
-constexpr int MOST_REGISTERS = 65536 / (THREADS * NATRAIN_MIN_BLOCKS);
-constexpr int AT_ONCE = RESIDENT && MOST_REGISTERS >= (ROWS_ARE_KEYS ? 168 : 192) ? 2 : 1;
-static_assert(AT_ONCE <= 2);
 constexpr bool HAS_DROPOUT = NATRAIN_HAS_DROPOUT, HAS_KEY_MASK = NATRAIN_HAS_KEY_MASK;
 // Several heads of q share one of k and v.
 constexpr bool IS_GROUPED = NATRAIN_IS_GROUPED;
@@ -73,27 +68,6 @@ __device__ __forceinline__ float half_product(const unsigned char* d_out, const 
     for (int i = 0; i < int(16 / sizeof(Element)); ++i) sum = fmaf(a[i], b[i], sum);
   }
   return sum + __shfl_xor_sync(WARP, sum, 1);
-}
-
-// Of the first image's `head`: this lane's row of the tile.
-template <class T>
-__device__ __forceinline__ T* lane_row(const Geometry& g, const Tile& tile, T* data, const Layout& at, int head) {
-  return data + (tile.first_image * at.batch + tile.group_origin(at, head) + row_offset(tile, Step(g, at), threadIdx.x % 32 / 2));
-}
-
-// Calls visit(u, i) for the groups u = first + i that are computed at once.
-template <class Visit>
-__device__ __forceinline__ void for_each_at_once(int first, Visit visit) {
-#pragma unroll
-  for (int i = 0; i < AT_ONCE; ++i)
-    if (first + i < GROUPS) visit(first + i, i);
-}
-
-// No row of the warp's tile has a column in group u of the step at `z`, `y`, `x` of the halo.
-__device__ __forceinline__ bool is_past(const Tile& tile, int z, int y, int x, int u) {
-  const int line = group_line(u, 0);
-  return z + line / step(1) >= tile.box_end[0] || y + line % step(1) >= tile.box_end[1] ||
-         x + group_x(u, 0) >= tile.box_end[2];
 }
 
 }  // namespace natrain

@@ -76,8 +76,8 @@ class Pairs {
 #pragma unroll
       for (int i = 0; i < 8; ++i) of_group |= unsigned(values[i / 4][i % 4] == 0) << i;
       bits[u / 4] = (u % 4 == 0 ? 0 : bits[u / 4]) | of_group << u % 4 * 8;
-      any |= unsigned(__any_sync(WARP, of_group != 0)) << u;
-      all |= unsigned(__all_sync(WARP, of_group == 0xff)) << u;
+      any |= (__any_sync(WARP, of_group != 0) ? 1u : 0u) << u;
+      all |= (__all_sync(WARP, of_group == 0xff) ? 1u : 0u) << u;
     }
   }
 
@@ -218,7 +218,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       q.load_columns(shared, at + Q_AT + row_line * PITCH, row_x, scale.flip);
       d_out.load_columns(shared, at + D_OUT_AT + row_line * VALUE_PITCH, row_x);
       const float2 of_row[2] = {statistics[row_at[0]], statistics[row_at[1]]};
-      const unsigned k_columns = score_columns<HEAD_DIM>(shared, k_line, x), v_columns = score_columns<VALUE_DIM>(shared, v_line, x);
+      const unsigned k_columns = score_columns<HEAD_DIM>(shared, k_line, x);
+      const unsigned v_columns = score_columns<VALUE_DIM>(shared, v_line, x);
       const SumColumns<HEAD_DIM> k(shared, k_line, x);
       float d_q[HEAD_DIM / 8][4] = {};
 #pragma unroll

@@ -8,6 +8,8 @@
 
 using namespace natrain;
 
+static_assert(ROWS == Side::QUERIES);
+
 struct Arguments {
   Geometry geometry;
   float scale;               // of q . k

@@ -1,9 +1,10 @@
 // Who works on what in the tensor-core kernels, and which columns a row meets.
 //
 // *Rows* are the 16 tokens of a warp's row tile (forward, dQ: queries; dK/dV: keys; all gradients in one pass: both),
-// *columns* the tokens of the other side. All positions are those of one dilation group. A *box* is a tile's columns: a box of positions that holds every
-// column of any of its rows; a *line* is one (z, y) row of it. A block's warps are a box of row tiles next to each other;
-// the union of their boxes, the *halo*, is fetched into shared memory, in chunks where it is large.
+// *columns* the tokens of the other side. All positions are those of one dilation group. A *box* is a tile's columns: a
+// box of positions that holds every column of any of its rows; a *line* is one (z, y) row of it. A block's warps are a box
+// of row tiles next to each other; the union of their boxes, the *halo*, is fetched into shared memory, in chunks where it
+// is large.
 //
 // Baked in (natrain/ops/fused_plan.py chooses, problem_constants.cuh holds the window), _Z _Y _X each:
 //   NATRAIN_ROW_TILE   extents of a row tile, product 16

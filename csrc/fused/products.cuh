@@ -106,7 +106,8 @@ class Rows {
   }
 
   // Rows that lie among the columns, and are rounded as they are: row lane % 16 is `column` of the line at `line_offset`.
-  __device__ __forceinline__ void load_columns(const Shared& shared, unsigned line_offset, int column, unsigned flip_bits = 0) {
+  __device__ __forceinline__ void load_columns(const Shared& shared, unsigned line_offset, int column,
+                                               unsigned flip_bits = 0) {
     address = shared.address + line_offset + RowFormat<DIM>::at(column, threadIdx.x % 32 / 16);
     flip = flip_bits;
     if constexpr (HELD) {

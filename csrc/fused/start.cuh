@@ -9,8 +9,9 @@
 // distances whether they are in its window or not. Along x a class is that of a whole warp tile.
 // NATRAIN_START_TABLE 1: the table has a line for every difference of positions along z and y, an entry for every row's x
 // in the block and every column, and one more line of -inf, to which a lane points where a line is not its row's.
-// NATRAIN_START_TABLE 0, for windows whose table is too large (and without a bias for rows of both sides): comparisons in groups of columns that lie on a window's
-// edge, none inside, and the bias as it is, from shared memory if it is small (NATRAIN_MOST_STAGED_BIAS bytes).
+// NATRAIN_START_TABLE 0, for windows whose table is too large, and for rows of both sides: comparisons in groups of columns
+// that lie on a window's edge, none inside, and the bias as it is, from shared memory if it is small
+// (NATRAIN_MOST_STAGED_BIAS bytes).
 #pragma once
 
 #include "products.cuh"

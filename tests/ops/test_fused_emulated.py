@@ -10,7 +10,10 @@ import torch
 
 import natrain
 from natrain.ops import fused
+from natrain.ops.fused_gradient_plan import demands_of_qkv, gradient_plans
+from natrain.ops.fused_plan import Space
 from natrain.ops.precision import tf32_products
+from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
 from tests.emulator.fixture import emulated
 from tests.ops import judge
@@ -43,6 +46,26 @@ def test_backward_in_one_pass(case, dtype):
     with fused.launching({}):
         check(case, dtype)
         assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("case", "stages"),
+    [(LINES[i], stages) for i in (0, 3, 7) for stages in (1, 2, 3) if (i, stages) != (7, 3)],  # which is too large
+    ids=str,
+)
+def test_a_block_of_one_pass_goes_over_images(case, stages, monkeypatch):
+    """Stages are used again, and gradients leave through one that is fetched next; some warps have no row."""
+    device = fused.Device((9, 0), 1)
+    monkeypatch.setattr(fused, "device_of", lambda index: device)
+    window = Window(*case.window.values())
+    problem = Problem(case.batch, case.spatial, case.heads, case.head_dim, window, torch.bfloat16, "cpu")
+    heads = case.heads
+    space = Space.of(case.spatial, window, case.batch, heads, heads, torch.bfloat16, False)
+    plans = gradient_plans(space, demands_of_qkv(problem), device)
+    plans = [plan for plan in plans if plan.stages == stages and plan.splits < case.batch and plan.threads > 32]
+    with fused.taking("backward_qkv", min(plans, key=lambda plan: plan.cost)):
+        check(case, torch.bfloat16, seed=stages)
+        assert len(list(fused.launches().values())[-1].launches) == 1
 
 
 @pytest.mark.parametrize("value_dim", [8, 72])

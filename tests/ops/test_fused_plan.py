@@ -15,7 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from natrain.bench.layers import LAYERS
 from natrain.ops import fused_search, fused_tiles
 from natrain.ops.fused_forward_plan import candidates, choose_plan
-from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_kv, demands_of_q, gradient_plans
+from natrain.ops.fused_gradient_plan import (
+    choose_gradient_plan,
+    demands_of_kv,
+    demands_of_q,
+    demands_of_qkv,
+    gradient_plans,
+)
 from natrain.ops.fused_measured import measured, measured_choice
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
 from natrain.ops.problem import Problem, Window
@@ -174,10 +180,12 @@ def test_plans_are_the_same_while_torch_traces():
     calls = [
         lambda: choose_plan(space, Demands.of_forward(32, 32, torch.float16), Device()),
         lambda: choose_gradient_plan(space, demands_of_kv(problem, 3), Device()),
+        lambda: choose_gradient_plan(SPACES[5], demands_of_qkv(problem), Device()),
     ]
     outside = [call() for call in calls]
     for function in (choose_plan, choose_gradient_plan, fused_tiles.columns_of_rows, fused_tiles.box_extent):
         function.cache_clear()
     with FakeTensorMode():
         assert [call() for call in calls] == outside
-    assert not isinstance(fused_tiles.columns_of_rows(space.axes[1], 29, True)[0], FakeTensor)
+    for rows in ("queries", "keys", "both"):
+        assert not isinstance(fused_tiles.columns_of_rows(space.axes[1], 29, rows)[0], FakeTensor)

@@ -52,6 +52,10 @@ def test_a_stored_plan_is_taken_on_its_gpu_alone(case, kernel):
     assert content["device"].startswith(f"a GPU, {case.dtype}") and content["plan"] == fused_tuned.choice_of(other)
     for device, expected in ((HERE, other), (Device(), chosen), (Device(tuned_as="another"), replace(chosen))):
         assert plans.plans(case, device, 1, kernel)[0] == expected, device
+        if kernel == "backward_qkv":  # whichever it is, the way in one pass stays
+            problem = case.problem("cuda", (9, 0))
+            (part,) = fused.backward_parts(problem, fused._constants(problem, "int"), device)
+            assert part.plan == expected
     for problem in (
         case.with_batch(3),
         replace(case, dtype={torch.float16: torch.bfloat16}.get(case.dtype, torch.float16)),
