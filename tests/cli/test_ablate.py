@@ -203,7 +203,15 @@ def ablate(tmp_path):
 
     def start(*words: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*command, *words], cwd=tmp_path, env=environment, start_new_session=True, **pipes)
+        # A shell that starts the tests in the background has Ctrl-C ignored, and children inherit that.
+        return subprocess.Popen(
+            [*command, *words],
+            cwd=tmp_path,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **pipes,
+        )
 
     return start
 
