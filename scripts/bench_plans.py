@@ -46,11 +46,14 @@ def main() -> None:
     cases = cases or [layer.case(torch.bfloat16, True) for layer in layers.LAYERS]
     is_timed = not (arguments.list or arguments.compile)
     device = fused.device_of(torch.cuda.current_device()) if is_timed else Device()
-    wanted = [
-        (case, kernel, plans(case, device, arguments.most, kernel))
-        for case in cases
-        for kernel in arguments.kernels or kernels_of(case, device)
-    ]
+    try:
+        wanted = [
+            (case, kernel, plans(case, device, arguments.most, kernel))
+            for case in cases
+            for kernel in arguments.kernels or kernels_of(case, device)
+        ]
+    except ValueError as error:
+        parser.error(str(error))
     if not arguments.list:
         compile_all(wanted, arguments.arch)
     for case, kernel, found in wanted:

@@ -14,6 +14,7 @@ from natrain.bench.arms import backward_of, find_arm
 from natrain.bench.case import Case
 from natrain.bench.measure import measure
 from natrain.bench.truth import random_inputs
+from natrain.errors import invalid
 from natrain.jit import cuda
 from natrain.ops import fused, fused_tuned
 from natrain.ops.fused_forward_plan import candidates, choose_plan
@@ -23,6 +24,7 @@ from natrain.ops.fused_gradient_plan import (
     demands_of_q,
     demands_of_qkv,
     gradient_plans,
+    least_gradient_cost,
 )
 from natrain.ops.fused_plan import Demands, Device, Plan, Space
 from natrain.ops.registry import get_kernel
@@ -68,13 +70,15 @@ class _Question:
 def plans(case: Case, device: Device, most: int, kernel: str = "forward") -> list[Plan]:
     """The choice first, then ``most`` others by cost, no more than four of one row tile and block."""
     problem = case.problem("cuda", device.capability)
-    if kernel == "backward_qkv" and not fused.can_take_one_pass(problem):
-        raise ValueError(
-            f"kernel={kernel!r} of {case.name}: one pass has no bias and no head_dim above 128. "
-            "Try: kernel='backward_q' or 'backward_kv'"
-        )
     asked = _Question.of(case, kernel)
     device = fused.device_for(problem, device)
+    if kernel == "backward_qkv" and not (
+        fused.can_take_one_pass(problem) and least_gradient_cost(asked.space, asked.demands, device) < math.inf
+    ):
+        raise invalid(
+            "kernel", f"{kernel} of {case.name}", "short windows in one line, no bias, head_dim up to 128",
+            "backward_q or backward_kv",
+        )  # fmt: skip
     if kernel == "forward":
         chosen = choose_plan(asked.space, asked.demands, device)
         others = candidates(asked.space, asked.demands, device)

@@ -132,6 +132,13 @@ def test_tuning_keeps_what_is_faster(a_gpu, own_cache):
     assert len(list((own_cache / "plans").iterdir())) == 3
 
 
+@pytest.mark.parametrize("change", [{"rpb": True}, {"head_dim": 136}, {"shape": "20x10"}], ids=str)
+def test_one_pass_is_refused_where_it_cannot_be(change):
+    case = Case.of({**LINE, **change})
+    with pytest.raises(ValueError, match="kernel=.*backward_qkv of na.*one line.*backward_q or backward_kv"):
+        plans.plans(case, HERE, 1, "backward_qkv")
+
+
 def test_a_backward_of_one_pass_is_tuned_as_one(a_gpu):
     found = [(x.kernel, x.after_ms) for x in plans.tune([Case.of(LINE)], most=3)]
     assert found == [("forward", 0.5), ("backward_qkv", 0.7)] and fused_tuned.count() == 2
