@@ -108,7 +108,6 @@ _OF_KV = Costs(
     registers=((140, 1.25), (200, 1.6)),
 )
 
-
 # Fitted to 392 plans of 50 problems (an H200), whose times it meets with a standard deviation of 0.14.
 _OF_QKV = Costs(
     tile=1158,
@@ -123,8 +122,8 @@ _OF_QKV = Costs(
     moved=0.775,
     registers=((145, 1.5), (164, 1.23)),
 )
-# In 16 bits, of a block of one warp; in float32 the search has a factor of its own.
-_LONE_WARP = 1.15
+# Of a block of one warp; in float32 the search has a factor of its own (_LONE_WARP).
+_LONE_WARP_16_BITS = 1.15
 _COSTS = {"queries": _OF_Q, "keys": _OF_KV, "both": _OF_QKV}
 _KERNELS = {"queries": "backward_q", "keys": "backward_kv", "both": "backward_qkv"}
 
@@ -171,7 +170,7 @@ class _OnePass(Search):
 
     def _warp_cycles(self, block: Block, computed: int, of_group: float, chunks: float, blocks: int) -> float:
         cycles = super()._warp_cycles(block, computed, of_group, chunks, blocks)
-        return cycles * (_LONE_WARP if block.count == 1 and not self._is_float32 else 1)
+        return cycles * (_LONE_WARP_16_BITS if block.count == 1 and not self._is_float32 else 1)
 
     def fit(self, draft: Draft) -> tuple[int, int]:
         return min(draft.min_blocks, _most_blocks(draft.block.count, self.demands.registers)), draft.shared_bytes
