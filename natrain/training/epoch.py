@@ -14,12 +14,14 @@ import lightning
 import numpy as np
 import torch
 
+from natrain.training.checkpoint import read_checkpoint
 from natrain.training.ema import WeightAverage
 from natrain.training.report import NonFiniteLoss, Reporter
 from natrain.training.score import Score, cut, score
 from natrain.training.task import ClassificationTask
 
 logger = logging.getLogger("natrain.training")
+BEST = "best.ckpt"
 
 
 class EpochSeed(lightning.Callback):
@@ -47,6 +49,7 @@ class EpochEnd(lightning.Callback):
         limit: batches per rank to evaluate; None for all.
         average: the averaged weights, if any.
         reporter: takes the rows.
+        resumed: the checkpoint that the run continues; None for one that starts anew.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class EpochEnd(lightning.Callback):
         limit: int | None,
         average: WeightAverage | None,
         reporter: Reporter,
+        resumed: Path | None = None,
     ) -> None:
         self.folder = folder
         self.loader = loader
@@ -64,6 +68,7 @@ class EpochEnd(lightning.Callback):
         self.limit = limit
         self.average = average
         self.reporter = reporter
+        self.resumed = resumed
         self.last: dict[str, Any] = {}
         self.best: dict[str, Any] = {"top1": -1.0}
 
@@ -89,7 +94,7 @@ class EpochEnd(lightning.Callback):
         # The best score goes into the file before it is written, so that resuming knows it.
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if is_best and trainer.is_global_zero:
-            _copy(self.folder / "last.ckpt", self.folder / "best.ckpt")
+            _copy(self.folder / "last.ckpt", self.folder / BEST)
 
     def _report(self, trainer: lightning.Trainer, task: ClassificationTask, row: dict[str, float]) -> None:
         step = trainer.global_step
@@ -108,6 +113,29 @@ class EpochEnd(lightning.Callback):
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.last = dict(checkpoint["evaluation"])
         self.best = dict(checkpoint["best"])
+        if trainer.is_global_zero:
+            self._place_best()
+
+    def _place_best(self) -> None:
+        """Have ``best.ckpt`` hold the best epoch so far.
+
+        It does not where the run comes from another folder, or was killed after ``last.ckpt`` was written and before
+        its copy. Where no file holds that epoch any more, the best one starts over from the resumed checkpoint.
+        """
+        target = self.folder / BEST
+        found = next(filter(self._holds_best, (target, self.resumed, self.resumed.with_name(BEST))), None)
+        if found is None:
+            top1 = self.last["ema_top1" if self.last["weights"] == "ema" else "top1"]
+            self.best = {"top1": top1, "weights": self.last["weights"], "epoch": self.last["epoch"]}
+        if found != target:
+            _copy(found or self.resumed, target)
+
+    def _holds_best(self, file: Path) -> bool:
+        if not file.is_file():
+            return False
+        checkpoint = read_checkpoint(file, "resume")
+        epoch = checkpoint.get("evaluation", {}).get("epoch")
+        return checkpoint.get("best") == self.best and epoch == self.best["epoch"]
 
 
 def _row(scores: dict[str, Score]) -> dict[str, float]:

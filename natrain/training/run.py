@@ -158,6 +158,7 @@ def _fit(cfg: DictConfig, folder: Path, task: ClassificationTask, data: lightnin
         cfg.trainer.limit_val_batches,
         average,
         reporter,
+        resumed,
     )
     callbacks = [EpochSeed(cfg.seed), *([average] if average is not None else []), reporter, after_epoch]
     trainer = _make_trainer(cfg, plan, task.model, folder, callbacks)

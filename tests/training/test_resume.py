@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig
 
 from natrain.training import train
@@ -120,6 +121,47 @@ def test_best_is_not_reset(make_config: MakeConfig) -> None:
     assert result.top1 < last(cfg)["best"]["top1"]
 
 
+def held_by(best: str | Path) -> dict:
+    """The epoch in a checkpoint, and what it says of the best one."""
+    checkpoint = torch.load(best, weights_only=True)
+    return {"epoch": checkpoint["evaluation"]["epoch"], "best": checkpoint["best"]}
+
+
+# The epoch after resuming destroys the weights, so the best one lies before it.
+WORSE = {"schedule.epochs": 3, "schedule.name": "constant", "optim.lr": 30.0, "optim.weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("left", ["nothing", "an older epoch"])
+def test_best_is_there_after_a_kill_before_it_was_copied(make_config: MakeConfig, left: str) -> None:
+    cfg = make_config({"schedule.epochs": 1, "optim.lr": 3e-3})
+    best = Path(train(cfg).checkpoint)
+    older = best.read_bytes()
+    train(make_config({"schedule.epochs": 2, "optim.lr": 3e-3, "resume": "auto"}))
+    assert held_by(best)["epoch"] == 2
+    best.unlink()
+    if left != "nothing":
+        best.write_bytes(older)
+    result = train(make_config({**WORSE, "resume": "auto"}))
+    assert held_by(result.checkpoint) == {"epoch": 2, "best": last(cfg)["best"]}
+    assert sorted(path.name for path in best.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("is_best_there", [True, False])
+def test_a_new_folder_gets_the_best_epoch_of_the_old_one(make_config: MakeConfig, is_best_there: bool) -> None:
+    first = make_config({"schedule.epochs": 1, "optim.lr": 3e-3})
+    best = Path(train(first).checkpoint)
+    train(make_config({**WORSE, "schedule.epochs": 2, "resume": "auto"}))
+    assert held_by(best)["epoch"] == 1 and last(first)["evaluation"]["epoch"] == 2
+    if not is_best_there:
+        best.unlink()
+    second = make_config({**WORSE, "resume": str(best.with_name("last.ckpt"))}, "second")
+    result = train(second)
+    told = held_by(result.checkpoint)
+    # Without the file of the best epoch, the best is sought from the resumed one on.
+    assert told["epoch"] == 1 if is_best_there else told["epoch"] >= 2
+    assert last(second)["best"]["epoch"] == told["epoch"]
+
+
 def test_path_of_another_run_continues_in_a_new_folder(make_config: MakeConfig) -> None:
     first = make_config({"schedule.epochs": 1})
     train(first)
@@ -145,8 +187,6 @@ def test_what_cannot_be_resumed_says_why(make_config: MakeConfig, changes: dict,
 
 
 def test_weights_alone_are_for_checkpoint_not_resume(make_config: MakeConfig, tmp_path: Path) -> None:
-    import torch
-
     torch.save({"state_dict": {}}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"resume=.*weights\.pt.*Try: checkpoint="):
         train(make_config({"resume": str(tmp_path / "weights.pt")}))
