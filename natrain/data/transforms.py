@@ -182,5 +182,7 @@ def _interval(argument: str, values: Sequence[float] | None, maximum: float) -> 
         return None
     values = tuple(values)
     if len(values) != 2 or not 0 < values[0] <= values[1] <= maximum:
-        raise invalid(argument, list(values), f"[low, high] with 0 < low <= high <= {maximum:g}", f"{argument}=null")
+        raise invalid(
+            argument, list(values), f"[low, high] with 0 < low <= high <= {maximum:g}", f"{argument}=[0.75,1]"
+        )
     return values

@@ -16,7 +16,10 @@ INF = math.inf
 
 @dataclass(frozen=True)
 class Number:
-    """A range of numbers, ends included unless ``open_low``, ``open_high``; ``example`` is shown as what to type."""
+    """A range of numbers, ends included unless ``open_low``, ``open_high``; ``example`` is shown as what to type.
+
+    ``may_be_list``: several of them are allowed too.
+    """
 
     low: float
     high: float
@@ -25,6 +28,7 @@ class Number:
     open_low: bool = False
     open_high: bool = False
     may_be_null: bool = False
+    may_be_list: bool = False
     or_word: str | None = None
 
     def __str__(self) -> str:
@@ -41,7 +45,7 @@ class Number:
             return value == self.or_word
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return False
-        if not math.isfinite(value) or (self.is_integer and value != int(value)):
+        if not math.isfinite(value) or (self.is_integer and not isinstance(value, int)):
             return False
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
@@ -55,25 +59,25 @@ def _share(example: float, **more: object) -> Number:
     return Number(0, 1, example, **more)
 
 
-# One line a numeric setting. A list is checked element by element.
+# One line a numeric setting.
 NUMBERS: dict[str, Number] = {
     "seed": Number(0, 2**32 - 1, 0, is_integer=True),
     "global_batch": _count(1, 1024),
     "micro_batch": _count(1, 128, may_be_null=True),
-    "data.img_size": _count(1, 224, may_be_null=True),
+    "data.img_size": _count(1, 224, may_be_null=True, may_be_list=True),
     "data.in_chans": _count(1, 3, may_be_null=True),
     "data.val_share": Number(0, 1, 0.1, open_low=True, open_high=True),
-    "data.split_seed": _count(0, 0),
+    "data.split_seed": Number(0, 2**63 - 1, 0, is_integer=True),
     "data.num_classes": _count(1, 1000, may_be_null=True),
     "data.workers": _count(0, 4, may_be_null=True),
     "data.val_batch": _count(1, 256, may_be_null=True),
     "data.bad_image_limit": _share(0.001),
-    "data.mean": Number(-INF, INF, 0.5, may_be_null=True),
-    "data.std": Number(0, INF, 0.5, open_low=True, may_be_null=True),
+    "data.mean": Number(-INF, INF, 0.5, may_be_null=True, may_be_list=True),
+    "data.std": Number(0, INF, 0.5, open_low=True, may_be_null=True, may_be_list=True),
     "data.crop_pct": Number(0, 2, 0.875, open_low=True, may_be_null=True),
     "optim.lr": Number(0, INF, 1e-3),
     "optim.weight_decay": Number(0, INF, 0.05),
-    "optim.betas": Number(0, 1, 0.9, open_high=True),
+    "optim.betas": Number(0, 1, "[0.9,0.999]", open_high=True, may_be_list=True),
     "optim.eps": Number(0, 1, 1e-8, open_low=True),
     "optim.clip_grad_norm": Number(0, INF, 5.0, open_low=True, may_be_null=True),
     "optim.lr_base_batch": _count(1, 1024),
@@ -87,8 +91,8 @@ NUMBERS: dict[str, Number] = {
     "schedule.cooldown_epochs": _count(0, 10),
     "augment.color_jitter": Number(0, INF, 0.4, may_be_null=True),
     "augment.hflip": _share(0.5, may_be_null=True),
-    "augment.scale": Number(0, 1, 0.08, open_low=True, may_be_null=True),
-    "augment.ratio": Number(0, INF, 0.75, open_low=True),
+    "augment.scale": Number(0, 1, "[0.08,1]", open_low=True, may_be_null=True, may_be_list=True),
+    "augment.ratio": Number(0, INF, "[0.75,1.33]", open_low=True, may_be_list=True),
     "augment.random_erasing": _share(0.25),
     "augment.mixup": Number(0, INF, 0.8),
     "augment.cutmix": Number(0, INF, 1.0),
@@ -103,6 +107,8 @@ NUMBERS: dict[str, Number] = {
     "trainer.limit_val_batches": _count(1, 10, may_be_null=True),
     "trainer.log_every_steps": _count(1, 50),
 }
+
+PAIRS = ("optim.betas", "augment.scale", "augment.ratio")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("fp32", "bf16", "fp16"),
@@ -131,9 +137,12 @@ def check_values(cfg: DictConfig) -> None:
     """
     for key, number in NUMBERS.items():
         value = OmegaConf.select(cfg, key)
-        if not all(number.admits(item) for item in (value if isinstance(value, ListConfig) else [value])):
-            shown = OmegaConf.to_container(value) if isinstance(value, ListConfig) else value
-            raise invalid(key, shown, str(number), f"{key}={number.example}")
+        is_list = isinstance(value, ListConfig)
+        items = value if is_list and number.may_be_list else [value]
+        if not all(map(number.admits, items)):
+            raise invalid(
+                key, OmegaConf.to_container(value) if is_list else value, str(number), f"{key}={number.example}"
+            )
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(cfg, key)
         if value not in allowed:
@@ -154,12 +163,12 @@ def _finite_arguments(arguments: Mapping, prefix: str) -> None:
 def _combinations(cfg: DictConfig) -> None:
     """Settings that are each allowed but not together."""
     schedule, augment = cfg.schedule, cfg.augment
-    for name, size in (("optim.betas", 2), ("augment.scale", 2), ("augment.ratio", 2)):
+    for name in PAIRS:
         values = OmegaConf.select(cfg, name)
-        if values is not None and len(values) != size:
-            raise invalid(
-                name, list(values), f"{size} numbers", f"{name}=[{NUMBERS[name].example},{NUMBERS[name].example}]"
-            )
+        if isinstance(values, ListConfig):
+            values = OmegaConf.to_container(values)
+        if values is not None and not (isinstance(values, list) and len(values) == 2):
+            raise invalid(name, values, "2 numbers", f"{name}={NUMBERS[name].example}")
     if schedule.warmup_epochs > schedule.epochs:
         raise invalid(
             "schedule.warmup_epochs",

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from natrain.training import train, validate
-from natrain.training.validate import CHOICES, NUMBERS
+from natrain.training.validate import CHOICES, NUMBERS, PAIRS, check_values
 
 MakeConfig = Callable[..., DictConfig]
 
@@ -40,6 +40,17 @@ def test_every_shipped_number_has_a_range_that_admits_it(repository: Path) -> No
             node = node[part]  # a range for a key that does not exist would check nothing
 
 
+@pytest.mark.parametrize("key", sorted(NUMBERS))
+def test_what_is_typed_to_mend_a_wrong_value_is_right(make_config: MakeConfig, key: str) -> None:
+    cfg = make_config()
+    OmegaConf.update(cfg, key, math.nan)
+    with pytest.raises(ValueError) as caught:
+        check_values(cfg)
+    proposed = OmegaConf.from_dotlist([str(caught.value).partition("Try: ")[2]])
+    check_values(OmegaConf.merge(cfg, proposed))
+    assert not [key for key in PAIRS if isinstance(OmegaConf.select(proposed, key), float)]
+
+
 def test_the_small_run_is_valid(make_config: MakeConfig) -> None:
     validate(make_config())
 
@@ -48,12 +59,7 @@ def test_the_small_run_is_valid(make_config: MakeConfig) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(make_config: MakeConfig, key: str, value: float) -> None:
     cfg = make_config()
-    is_list = isinstance(cfg[key.split(".")[0]], DictConfig) and key in (
-        "optim.betas",
-        "augment.scale",
-        "augment.ratio",
-    )
-    OmegaConf.update(cfg, key, [value, 0.5] if is_list else value)
+    OmegaConf.update(cfg, key, [value, 0.5] if key in PAIRS else value)
     with pytest.raises(ValueError) as caught:
         validate(cfg)
     text = str(caught.value)
@@ -81,6 +87,14 @@ def test_what_is_not_finite_is_refused(make_config: MakeConfig, key: str, value:
         ("model.args", {"block": {"scale": math.inf}}, "model.args.block.scale=inf"),
         ("micro_batch", 100, r"a divisor of global_batch / devices = 360 / 1 = 360.*Try: micro_batch=90"),
         ("micro_batch", 400, "Try: micro_batch=360"),
+        ("micro_batch", 36.0, "micro_batch=36.0 .*whole number >= 1"),
+        ("micro_batch", [36, 72], r"micro_batch=\[36, 72\].*whole number >= 1"),
+        ("data.img_size", 8.0, "data.img_size=8.0 .*whole number >= 1"),
+        ("trainer.max_steps", 1e3, "trainer.max_steps=1000.0 .*whole number >= 1"),
+        ("data.crop_pct", [0.9], r"data.crop_pct=\[0.9\].*finite number > 0"),
+        ("augment.scale", 0.5, r"augment.scale=0.5 .*2 numbers.*Try: augment.scale=\[0.08,1\]"),
+        ("augment.ratio", [0.5, 0], r"Try: augment.ratio=\[0.75,1.33\]"),
+        ("data.split_seed", 10**19, "data.split_seed=1[0]+ .*whole number"),
     ],
 )
 def test_a_wrong_value_says_what_to_type(make_config: MakeConfig, key: str, value: object, message: str) -> None:
