@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -113,7 +114,7 @@ def _checked(word: str, schema: Schema) -> str:
             raise invalid(key, value, f"one of {', '.join(choices)}", f"{key}={fix}")
         return f"{key}={value}"
     setting = _setting(key, schema)
-    return f"{'' if setting.key == key else '++'}{key}={_quoted(key, value)}"
+    return f"{'' if setting.key == key else '++'}{key}={_quoted(key, value, setting.is_text)}"
 
 
 def _setting(key: str, schema: Schema) -> Setting:
@@ -139,10 +140,14 @@ def _setting(key: str, schema: Schema) -> Setting:
     )
 
 
-def _quoted(key: str, value: str) -> str:
-    """``value``, in quotes where Hydra's grammar would not read it as the one value the user means (``a=b.ckpt``)."""
+def _quoted(key: str, value: str, is_text: bool) -> str:
+    """``value``, in quotes where Hydra's grammar would not read it as the one value the user means (``a=b.ckpt``).
+
+    So where a text looks like a number: ``name=2024_05_01`` is no 20240501, ``data.root=1e3`` no 1000.0.
+    """
     try:
-        if not OverridesParser.create().parse_override(f"{key}={value}").is_sweep_override():
+        override = OverridesParser.create().parse_override(f"{key}={value}")
+        if not override.is_sweep_override() and not (is_text and isinstance(override.value(), (bool, int, float))):
             return value
     except HydraException:
         if value.startswith(("[", "{")):
@@ -161,15 +166,18 @@ def _completed(config: DictConfig, schema: Schema, words: list[str]) -> DictConf
     if config.data.name is None:
         choices = ", ".join(schema.groups["data"])
         raise invalid("data", None, f"one of {choices}", "data=imagefolder data.root=DIR")
-    for key in PATHS:
-        if (value := OmegaConf.select(config, key)) is not None:
-            if not is_remote(str(value)):
-                OmegaConf.update(config, key, str(Path(str(value)).expanduser().absolute()))
     config.name = default_name(config, words) if config.name is None else str(config.name)
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         raise ValueError(str(error)) from error
+    for key in PATHS:
+        if (value := OmegaConf.select(config, key)) is not None:
+            if not is_remote(str(value)):
+                OmegaConf.update(config, key, str(Path(str(value)).expanduser().absolute()))
+    for key in ("run_dir", "resume"):  # zsh, and bash in places, leaves ~ behind = as it is
+        if isinstance(config[key], str):
+            config[key] = os.path.expanduser(config[key])
     return config
 
 
@@ -190,6 +198,8 @@ def _check_value(key: str, value: object, setting: Setting) -> None:
         if not setting.is_nullable and setting.default != "???":
             raise invalid(key, value, f"a value ({setting.comment})", f"{key}={setting.default_text}")
         return
+    if value == "":
+        raise invalid(key, value, f"a value ({setting.comment})", f"{key}=... or leave {key} out")
     if setting.choices:
         if setting.is_closed and str(value) not in setting.choices:
             best = nearest(str(value), setting.choices) or setting.choices[0]

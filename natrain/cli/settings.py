@@ -30,6 +30,11 @@ class Setting:
         return bool(self.choices) and not any(word.isupper() for word in self.choices)
 
     @property
+    def is_text(self) -> bool:
+        """True for names, paths and words, also where they look like numbers."""
+        return isinstance(self.default, str) or bool({"NAME", "DIR", "FILE", "PATH"} & set(self.choices))
+
+    @property
     def default_text(self) -> str:
         """The default as one types it."""
         return json.dumps(self.default).strip('"').replace(" ", "")

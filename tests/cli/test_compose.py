@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from omegaconf import OmegaConf
 
-from natrain.cli.compose import compose_config, leaves
+from natrain.cli.compose import compose_config, leaves, override_config
+from natrain.cli.frozen import load_frozen
 from natrain.cli.settings import config_folder, read_schema, settings_text
 
 BASE = ["model=nat_tiny", "data=imagefolder", "data.root=images"]
@@ -80,9 +82,35 @@ def test_paths_are_taken_as_typed(path):
     assert compose_config([*BASE, f"data.root={path}"]).data.root == path
 
 
-def test_home_is_expanded(monkeypatch):
+@pytest.mark.parametrize("text", ["2024_05_01", "1e3", "007", "true", "1.10", "2024"])
+def test_texts_that_look_like_numbers_stay_as_typed(text, tmp_path):
+    config = compose_config([*BASE, f"name={text}", f"data.root={text}", "trainer.max_steps=1_000"])
+    assert (config.name, config.run_dir) == (text, f"runs/{text}")
+    assert config.data.root.endswith(f"/{text}")
+    assert config.trainer.max_steps == 1000
+    frozen = tmp_path / "config.yaml"
+    OmegaConf.save(config, frozen)
+    assert override_config(load_frozen(frozen), []) == config
+    assert override_config(load_frozen(frozen), [f"name={text}_b"]).run_dir == f"runs/{text}_b"
+
+
+@pytest.mark.parametrize("key", ["name", "data.root", "checkpoint", "run_dir"])
+def test_an_empty_text_is_no_value(key):
+    """``name=$UNSET`` would be the folder of all runs, ``data.root=$UNSET`` wherever one stands."""
+    with pytest.raises(ValueError, match=f"^{key}='' "):
+        compose_config([*BASE, f"{key}="])
+
+
+def test_an_interpolation_of_nothing_is_one_error():
+    with pytest.raises(ValueError, match="nothing"):
+        compose_config([*BASE, "data.root=/data/${nothing}"])
+
+
+@pytest.mark.parametrize("key", ["data.root", "run_dir", "resume"])
+def test_home_is_expanded(key, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    assert compose_config([*BASE, "data.root=~/images"]).data.root == "/home/someone/images"
+    config = compose_config([*BASE, f"{key}=~/images"])
+    assert OmegaConf.select(config, key) == "/home/someone/images"
 
 
 def test_the_run_is_named_after_what_is_learned():
