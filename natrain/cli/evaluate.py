@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from natrain.cli.train import add_composition
+from natrain.errors import invalid
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +43,7 @@ def evaluation_config(overrides: list[str], config_dir: Path | None) -> DictConf
     """The settings typed on top of the defaults, with model and data set from the checkpoint where they are not typed.
 
     Raises:
-        ValueError: as ``compose_config``; a checkpoint that cannot be read or names no model.
+        ValueError: as ``compose_config``; a checkpoint that cannot be read, names no model or holds another one.
     """
     from natrain.cli.compose import compose_config, typed_keys
     from natrain.training.checkpoint import open_checkpoint
@@ -58,10 +60,24 @@ def evaluation_config(overrides: list[str], config_dir: Path | None) -> DictConf
     words = list(overrides)
     if "model.name" not in typed:
         words.append(f"model={parameters['model_name']}")
-    if "data.name" in typed or stored is None:
-        return compose_config(words, config_dir)
-    config = compose_config([*words, f"data={stored['data']['name']}"], config_dir)
+    is_other_data = "data.name" in typed or stored is None
+    if not is_other_data:
+        words.append(f"data={stored['data']['name']}")
+    config = compose_config(words, config_dir)
+    _check_arguments(config, typed, parameters["model_args"], path)
+    if is_other_data:
+        return config
     for key, value in stored["data"].items():
         if f"data.{key}" not in typed:
             OmegaConf.update(config, f"data.{key}", value, force_add=True)
     return config
+
+
+def _check_arguments(config: DictConfig, typed: set[str], stored: dict[str, Any], path: str) -> None:
+    """The model is made as its checkpoint says, so what is typed of it must not be something else."""
+    told = OmegaConf.create({"model": {"args": stored}})
+    for key in sorted(key for key in typed if key.startswith("model.args")):
+        value, was = OmegaConf.select(config, key), OmegaConf.select(told, key)
+        if value != was:
+            allowed = f"{'nothing' if was is None else was}: the model is made as {path} says"
+            raise invalid(key, value, allowed, f"leave {key} out, or another checkpoint")

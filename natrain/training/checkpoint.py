@@ -36,19 +36,22 @@ def open_checkpoint(source: str | Path, model: str | None = None) -> dict[str, A
 
     Args:
         source: what ``natrain.models.weights.load_weights`` takes: a file, a folder, an address, ``hf-hub:NAME``.
-        model: the variant, where names and shapes leave a choice.
+        model: the variant, where names and shapes leave a choice; a run's own file has to hold it.
 
     Returns:
         ``state_dict`` and ``hyper_parameters`` (model_name, model_args, kernel, class_names, input), and of a run's own
         file everything else in it. ``class_names`` is None where the file does not say.
 
     Raises:
-        ValueError: as ``load_weights``.
+        ValueError: as ``load_weights``; a run's file of another model.
     """
     path = locate(source)
     if path.is_file():
         checkpoint = read_checkpoint(path)
         if is_own_run(checkpoint):
+            name = checkpoint["hyper_parameters"]["model_name"]
+            if model is not None and model.split(".")[0] != name.split(".")[0]:
+                raise invalid("model", model, f"{name}, which {source} holds", f"model={name}, or another checkpoint")
             return checkpoint
     weights = load_weights(source, model)
     weights.say_unused()

@@ -93,6 +93,9 @@ def _models(cfg: DictConfig) -> tuple[dict[str, nn.Module], LoadedModel]:
     options = {"kernel": None if kernel == "auto" else kernel, "input_changes": changes}
     options["model"] = cfg.model.name if is_ours(cfg.model.name) else None
     loaded = load_for_inference(cfg.checkpoint, weights="raw", **options)
+    channels = loaded.input["in_chans"]
+    if cfg.data.get("in_chans") not in (None, channels):
+        raise invalid("data.in_chans", cfg.data.in_chans, f"{channels}, as in the checkpoint", "data.in_chans=null")
     models = {"raw": loaded.model}
     if "ema_state_dict" in open_checkpoint(cfg.checkpoint, options["model"]):
         models["ema"] = load_for_inference(cfg.checkpoint, weights="ema", **options).model

@@ -118,6 +118,12 @@ def test_eval_on_other_data(trained, capsys, tmp_path):
     assert "class" in failing(capsys, "eval", checkpoint, "data=imagefolder", f"data.root={three}", "data.workers=0")
 
 
+@pytest.mark.parametrize("typed", ["model=nat_digits", "model.args.kernel_size=5", "data.in_chans=1"])
+def test_eval_of_a_model_that_the_checkpoint_does_not_hold(typed, trained, capsys):
+    said = failing(capsys, "eval", f"checkpoint={trained}/run/checkpoints/best.ckpt", "data.workers=0", typed)
+    assert typed.partition("=")[0] in said
+
+
 def test_predict_names_classes_and_every_bad_image(trained, capsys, tmp_path):
     good = write_image(tmp_path / "good.png", seed=1)
     grey = tmp_path / "grey.png"
