@@ -20,7 +20,11 @@ def load_frozen(path: Path) -> DictConfig:
     Raises:
         ValueError: no such file, or not the configuration of a run.
     """
-    config = OmegaConf.load(path) if path.is_file() else {}
+    try:
+        config = OmegaConf.load(path) if path.is_file() else {}
+    except Exception as error:  # yaml and its reader raise several types for a damaged file
+        reason = str(error).splitlines()[0]
+        raise invalid("--config", str(path), f"a yaml file ({reason})", "--config runs/NAME/config.yaml") from error
     if "model" not in config or "run_dir" not in config:
         raise invalid("--config", str(path), "the config.yaml of a run folder", "--config runs/NAME/config.yaml")
     return config

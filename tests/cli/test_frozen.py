@@ -65,3 +65,11 @@ def test_not_a_frozen_file(tmp_path):
     for path in (tmp_path / "other.yaml", tmp_path / "absent.yaml"):
         with pytest.raises(ValueError, match="--config"):
             load_frozen(path)
+
+
+@pytest.mark.parametrize("content", [b"a: [1\n", b"\xff\xfe\x00", b"a: b: c\n", b"- 1\n", b""])
+def test_a_damaged_file_is_one_error(content, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="^--config='.*config.yaml' "):
+        load_frozen(path)
