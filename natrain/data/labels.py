@@ -71,7 +71,7 @@ def _read(table: Path) -> Mapping[str, list[str]]:
             columns = parquet.read_table(table).to_pydict()
         else:
             with open(table, newline="", encoding="utf-8-sig") as file:
-                header, *rows = csv.reader(file)
+                header, *rows = filter(None, csv.reader(file))  # a blank line is no row
             columns = dict(zip(header, map(list, zip(*rows, strict=True)), strict=True))
     except Exception as error:  # csv, pyarrow and zip each raise their own for a damaged table
         raise invalid(

@@ -77,6 +77,13 @@ def test_labels_from_a_table_with_a_split(kind, tmp_path):
     assert splits.train.load(0, "RGB").size == (40, 30)
 
 
+def test_blank_lines_in_a_table_are_no_rows(tmp_path):
+    table = write_table(tmp_path / "labels.csv", ("file", "label"), rows_of(tmp_path))
+    plain = read_imagefolder(str(tmp_path), str(table))
+    table.write_text("\n" + table.read_text() + "\n\n")
+    assert listing(read_imagefolder(str(tmp_path), str(table)).train) == listing(plain.train)
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_labels_that_are_numbers_keep_their_order(kind, tmp_path):
     rows = [(file, 2 if label == "cat" else 10) for file, label in rows_of(tmp_path)]
