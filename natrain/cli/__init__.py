@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
 import natrain
@@ -39,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after ``natrain``; ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit code: 0, 1 where part of the work failed, 2 for an error of the caller.
+        The exit code: 0, 1 where part of the work failed, 2 for an error of the caller, 141 where the reader of the
+        output left.
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
@@ -69,7 +72,12 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"settings have no dashes: {key}" if "=" in key else f"`natrain {argv[0]} --help` lists the options"
         return _complain(f"unknown option {unknown[0]!r}: {hint}")
     try:
-        return module.run(arguments)
+        code = module.run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ValueError as error:
         if arguments.traceback or env.read("NATRAIN_DEBUG"):
             raise

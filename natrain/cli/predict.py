@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) < 1:
             raise invalid(f"--{name}", getattr(arguments, name), "a whole number >= 1", f"--{name} 5")
     form = _format(arguments)
+    if arguments.out is not None and arguments.out.is_dir():
+        raise _not_writable(arguments.out, "it is a folder")
 
     from natrain.training import load_for_inference
 
@@ -70,8 +72,17 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         from natrain.models.weights.files import write_atomically
 
-        write_atomically(arguments.out, lambda file: file.writelines(line.encode() for line in text))
+        # A name of a file may be no UTF-8; it goes out as it came in.
+        encoded = (line.encode(errors="surrogateescape") for line in text)
+        try:
+            write_atomically(arguments.out, lambda file: file.writelines(encoded))
+        except OSError as error:
+            raise _not_writable(arguments.out, error.strerror or str(error)) from error
     return int(bool(problems))
+
+
+def _not_writable(out: Path, reason: str) -> ValueError:
+    return invalid("--out", str(out), f"a file that can be written ({reason})", "--out predictions.csv")
 
 
 def _format(arguments: argparse.Namespace) -> str:

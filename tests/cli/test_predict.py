@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +104,33 @@ def test_words_are_expanded_in_order(digits, monkeypatch):
 def test_mistakes(words, said, capsys):
     assert main(["predict", "x.png", *CHECKPOINT, *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["folder", "file/below.csv"])
+def test_a_place_that_cannot_be_written_is_one_error(place, digits, capsys, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert main(["predict", str(digits[0]), *CHECKPOINT, "--out", str(tmp_path / place)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("natrain: error: --out=") and error.count("\n") == 1
+
+
+def test_a_name_that_is_no_utf_8_is_written_as_it_is(digits, tmp_path):
+    path = os.fsdecode(bytes(tmp_path) + b"/\xff.png")
+    shutil.copyfile(digits[0] / "0.png", path)
+    assert main(["predict", path, *CHECKPOINT, "--out", str(tmp_path / "out.csv")]) == 0
+    assert b"/\xff.png," in (tmp_path / "out.csv").read_bytes()
+
+
+def test_a_reader_that_leaves_is_no_traceback(repository):
+    """As ``natrain kernels | head -1`` leaves, here before the first line."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "natrain", "kernels"],
+        cwd=repository,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (141, "")
