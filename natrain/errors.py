@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 
+class Stopped(RuntimeError):
+    """Work that cannot go on, for a reason that the message says together with what to change."""
+
+
 def invalid(argument: str, value: object, allowed: str, fix: str) -> ValueError:
     """Build (not raise) the error for one bad argument.
 

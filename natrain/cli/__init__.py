@@ -13,7 +13,7 @@ import sys
 
 import natrain
 from natrain import env
-from natrain.errors import nearest
+from natrain.errors import Stopped, nearest
 
 # command -> (module, one-line meaning); modules are imported when their command runs.
 COMMANDS = {
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the words after ``natrain``; ``sys.argv[1:]`` by default.
 
     Returns:
-        The exit code: 0, 1 where part of the work failed, 2 for an error of the caller, 141 where the reader of the
+        The exit code: 0, 1 where work failed or stopped, 2 for an error of the caller, 141 where the reader of the
         output left.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -78,10 +78,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough; what is still buffered has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-    except ValueError as error:
+    except (ValueError, Stopped, ModuleNotFoundError) as error:
         if arguments.traceback or env.read("NATRAIN_DEBUG"):
             raise
-        return _complain(str(error))
+        code = _complain(str(error))
+        return 1 if isinstance(error, Stopped) else code
     except KeyboardInterrupt:
         return 130
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 import torch
 from omegaconf import DictConfig
 
+from natrain.errors import Stopped
 from natrain.training.plan import largest_divisor
 
 # How the CPU allocator says it, in torch 2.7 to 2.14; it has no class of its own.
 _CPU_PHRASES = ("can't allocate memory", "not enough memory", "Unable to allocate")
 
 
-class OutOfMemory(RuntimeError):
+class OutOfMemory(Stopped):
     """The device ran out of memory; the message proposes settings."""
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from natrain.errors import Stopped
 from natrain.training.metrics import MetricsFile
 from natrain.training.task import ClassificationTask
 
@@ -22,7 +23,7 @@ logger = logging.getLogger("natrain.training")
 NON_FINITE_LIMIT = 10  # optimiser steps in a row whose loss may be infinite or NaN before the run stops
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(Stopped):
     """Training diverged: its loss is no longer a number."""
 
 

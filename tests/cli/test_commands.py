@@ -13,6 +13,8 @@ from PIL import Image
 from natrain import env
 from natrain.cli import COMMANDS, main
 from natrain.ops import list_kernels
+from natrain.training.memory import OutOfMemory
+from natrain.training.report import NonFiniteLoss
 from tests.data.helpers import truncate, write_folder, write_image
 
 QUICK = ["global_batch=4", "data.workers=0", "trainer.accelerator=cpu", "schedule.warmup_epochs=0"]
@@ -93,6 +95,23 @@ def test_a_traceback_is_shown_when_asked_for(monkeypatch):
     monkeypatch.setenv("NATRAIN_DEBUG", "1")
     with pytest.raises(ValueError, match="modle"):
         main(["train", "modle=x"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (NonFiniteLoss("the loss. Try: optim.lr=1e-4"), 1),
+        (OutOfMemory("out of memory. Try: micro_batch=2"), 1),
+        (ModuleNotFoundError("data=digits needs scikit-learn. Try: pip install 'natrain[digits]'"), 2),
+    ],
+)
+def test_an_error_that_says_what_to_do_is_one_line(error, code, monkeypatch, capsys):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("natrain.cli.train.run", fail)
+    assert main(["train", "model=nat_digits", "data=digits"]) == code
+    assert capsys.readouterr().err == f"natrain: error: {error}\n"
 
 
 def test_a_run_that_is_there_is_neither_lost_nor_mixed(trained, capsys):
