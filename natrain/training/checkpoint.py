@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from natrain.errors import invalid
+from natrain.errors import Stopped, invalid
 from natrain.models.weights import load_weights
 from natrain.models.weights.describe import is_own_run
 from natrain.models.weights.fetch import locate
@@ -25,7 +25,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer with two promises: no half-written file under a final name, no code from a file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        try:
+            write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+        except (OSError, RuntimeError) as error:  # torch's writer hides why a write failed behind an error of its own
+            reason = error
+            while not isinstance(reason, OSError):
+                if reason.__context__ is None:
+                    raise
+                reason = reason.__context__
+            raise Stopped(
+                f"{path} cannot be written ({reason.strerror or reason}); what was there before is whole. Try: room on "
+                "that disk, then resume=auto"
+            ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         return read_checkpoint(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 from torch import nn
 
+from natrain.errors import Stopped
 from natrain.training import load_for_inference, train
 from natrain.training.build import load_initial_weights
 from natrain.training.checkpoint import AtomicCheckpointIO, load_state, read_checkpoint, write_atomically
@@ -85,6 +88,22 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_full_disk_is_one_error_and_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(Stopped, match=r"last.ckpt cannot be written \(File too large\).*resume=auto"):
+            AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.zeros(1 << 20)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert read_checkpoint(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_another_model_is_one_error_with_all_names(tmp_path: Path) -> None:
