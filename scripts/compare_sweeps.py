@@ -18,7 +18,7 @@ from pathlib import Path
 from natrain.bench import rows
 from natrain.bench.case import DTYPES, Case
 from natrain.bench.estimate import DIRECTIONS
-from natrain.report.kernels import Run, geometric_mean
+from natrain.report.kernels import Results, Run, geometric_mean
 
 ARMS = ("naive", "gemm", "fused")
 PAIRS = (("gemm", "naive"), ("fused", "naive"), ("fused", "gemm"))  # the first should not be slower
@@ -29,18 +29,13 @@ Problem = tuple[Case, str]
 
 def times_of(folder: Path) -> tuple[dict[Problem, dict[str, float]], int]:
     """{problem: {arm: ms}} of those that every arm was timed on, undisturbed; and how many were not."""
-    found: dict[Problem, dict[str, float]] = {}
-    disturbed: set[Problem] = set()
-    for row in rows.read(folder / "results.csv"):
-        run = Run.of(row)
-        if run.ms is None:
-            continue
-        problem = run.case, run.direction
-        found.setdefault(problem, {})[run.arm] = run.ms
-        if float(row["high_ms"]) - float(row["low_ms"]) > run.ms:
-            disturbed.add(problem)
-    whole = {problem: times for problem, times in found.items() if times.keys() >= set(ARMS)}
-    kept = {problem: times for problem, times in whole.items() if problem not in disturbed}
+    results = Results(tuple(map(Run.of, rows.read(folder / "results.csv"))), ARMS[0])
+    whole = {problem: own for problem, own in results.times.items() if own.keys() >= set(ARMS)}
+    kept = {
+        problem: {arm: run.ms for arm, run in own.items()}
+        for problem, own in whole.items()
+        if not any(run.is_disturbed for run in own.values())
+    }
     return kept, len(whole) - len(kept)
 
 

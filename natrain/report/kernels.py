@@ -39,6 +39,11 @@ class Run:
         numbers = (float(row[name]) if row[name] else None for name in names)
         return Run(case, row["arm"], row["direction"], row["status"], row["reason"], *numbers)
 
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether the interval of its time is wider than the median: something else had the machine meanwhile."""
+        return self.ms is not None and self.high_ms - self.low_ms > self.ms
+
 
 @dataclass(frozen=True)
 class Results:
@@ -354,14 +359,23 @@ def _every_run(results: Results) -> Table:
         base = own.get(results.baseline)
         for arm, run in own.items():
             ratio = None if base is None else _rounded(base.ms / run.ms, 3)
-            rows.append((case.name, arm, direction, run.ms, run.low_ms, run.high_ms, ratio, run.peak_mib, run.error))
-    columns = ("problem", "kernel", "pass", "ms", "low", "high", "speed-up", "MiB", "error")
-    return Table("runs", "Medians with the bounds of their 95 % intervals", columns, tuple(rows))
+            numbers = (run.ms, run.low_ms, run.high_ms, ratio, run.peak_mib, run.error)
+            rows.append((case.name, arm, direction, *numbers, "yes" if run.is_disturbed else None))
+    columns = ("problem", "kernel", "pass", "ms", "low", "high", "speed-up", "MiB", "error", "disturbed")
+    note = "Disturbed: the interval is wider than the median."
+    return Table("runs", "Medians with the bounds of their 95 % intervals", columns, tuple(rows), note)
 
 
 def summary(results: Results) -> list[str]:
-    """A sentence a contender and direction."""
+    """A sentence a contender and direction; one about times that were disturbed, where some were."""
+    timed = [run for own in results.times.values() for run in own.values()]
+    disturbed = sum(run.is_disturbed for run in timed)
     lines = []
+    if disturbed:
+        lines.append(
+            f"{disturbed} of {len(timed)} times have an interval wider than their median: something else had the "
+            "machine. They are marked in the table of every run; measure them again, in another folder"
+        )
     for arm in results.arms[1:]:
         for direction in DIRECTIONS:
             ratios = [ratio for _, which, ratio in results.speed_ups(arm) if which == direction]

@@ -28,6 +28,17 @@ def write(folder, problems: dict[str, tuple[float, float, float]], spread: dict[
             rows.append(folder / "results.csv", {**row, "median_ms": ms, "low_ms": ms, "high_ms": high})
 
 
+def test_a_disturbed_problem_counts_once_it_was_measured_again(script, tmp_path):
+    write(tmp_path / "new", {"100": (2.0, 1.0, 0.5)}, {"100": 1.5})
+    assert script["times_of"](tmp_path / "new") == ({}, 1)
+    write(tmp_path / "again", {"100": (2.0, 1.0, 0.5)})
+    again = (tmp_path / "again/results.csv").read_text().partition("\n")[2]
+    with open(tmp_path / "new/results.csv", "a") as file:
+        file.write(again)
+    kept, left_out = script["times_of"](tmp_path / "new")
+    assert list(kept.values()) == [{"naive": 2.0, "gemm": 1.0, "fused": 0.5}] and left_out == 0
+
+
 def test_gains_shares_and_what_changed(script, tmp_path, monkeypatch, capsys):
     write(tmp_path / "new", {"100": (2.0, 1.0, 0.5), "200": (2.0, 2.5, 4.0), "300": (9.0, 1.0, 1.0)}, {"300": 1.5})
     write(tmp_path / "old", {"100": (2.0, 1.0, 1.0), "200": (2.0, 2.5, 2.0), "300": (9.0, 9.0, 9.0)})

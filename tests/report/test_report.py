@@ -216,6 +216,19 @@ def test_failures_and_errors_are_listed(folder):
     assert "RuntimeError: &lt;no&gt;" in html(page)
 
 
+def test_disturbed_times_are_counted_and_marked(folder, capsys):
+    assert main(["report", str(folder)]) == 0
+    assert "wider than their median" not in capsys.readouterr().out
+    lines = (folder / "results.csv").read_text().replace("4.0,3.6,4.4", "4.0,3.6,7.7").splitlines()
+    # Where a disturbed problem was measured again, the last time counts.
+    again = next(line for line in lines if "7.7" in line)
+    (folder / "results.csv").write_text("\n".join([*lines, again.replace("7.7", "4.4")]) + "\n")
+    assert main(["report", str(folder)]) == 0
+    assert "7 of 22 times have an interval wider than their median: something else had" in capsys.readouterr().out
+    marked = [row for row in table(build_page([folder]), "runs") if row["disturbed"] == "yes"]
+    assert len(marked) == 7 and all(row["high"] == 7.7 for row in marked)
+
+
 def test_another_baseline(folder):
     page = build_page([folder], baseline="fused")
     assert {row["kernel"] for row in table(page, "gains")} == {"naive", "gemm"}
