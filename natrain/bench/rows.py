@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +33,12 @@ def append(path: Path, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS)
     assert not unknown, f"no such columns: {unknown}"
     values = [row.get(column) for column in columns]
     values[columns.index("reason")] = " ".join(str(row.get("reason") or "").split())[:500]
+    line = _line(values)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         # One write to a file opened for appending is one place in it, also beside other writers.
-        os.write(descriptor, _line(values))
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, or the file may not grow", str(path))
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -43,15 +46,11 @@ def append(path: Path, row: Mapping[str, Any], columns: Sequence[str] = COLUMNS)
 
 def start(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Make the file with its header, or end a line that a killed process left unfinished."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    except FileExistsError:
-        with open(path, "rb+") as file:
-            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")
-        return
-    os.write(descriptor, _line(list(columns)))
-    os.close(descriptor)
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
+        if not file.seek(0, os.SEEK_END):
+            file.write(_line(list(columns)))
+        elif (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
 
 
 def read(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, str]]:
@@ -60,9 +59,12 @@ def read(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, str
     Raises:
         ValueError: its columns are not those of this version.
     """
-    with open(path, newline="", encoding="utf-8") as file:
-        lines = csv.reader(file)
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        # Each line by itself: half of a row may end inside quotes, which would swallow the rows after it.
+        lines = (next(csv.reader([line]), []) for line in file)
         header = next(lines, None)
+        if header is None:  # killed before the header was written
+            return
         if header != list(columns):
             raise invalid("results", str(path), "a CSV of this version's sweeps", "another --out folder")
         for values in lines:

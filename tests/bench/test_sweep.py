@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -194,6 +195,44 @@ def test_rows_of_many_writers_stay_whole(tmp_path):
 
 
 ONE = {"shape": "6x6", "kernel_size": "3", "dtype": "fp32"}
+
+
+def write_row(path: Path, shape: str, **more) -> None:
+    case = Case.of({"shape": shape, "heads": 1, "head_dim": 4, "kernel_size": 3})
+    row = {**case.words, "arm": "cpu", "direction": "forward", "status": "ok", "utc": "now"}
+    rows.append(path, {**row, **more})
+
+
+@pytest.mark.parametrize("left", [", b", '"', "\u2192", "RuntimeError", ",failed,"])
+def test_half_of_a_row_takes_no_other_row_with_it(tmp_path, left):
+    path = tmp_path / "results.csv"
+    rows.start(path)
+    write_row(path, "10")
+    write_row(path, "11", status="failed", reason='RuntimeError: a, b "c" \u2192 d')
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex(left.encode()) + 1])
+    rows.start(path)
+    write_row(path, "12")
+    write_row(path, "13", status="failed", reason='RuntimeError: a, b "c"')
+    assert [row["shape"] for row in rows.read(path)] == ["10", "12", "13"]
+
+
+def test_a_file_whose_header_was_never_written_is_started_again(plan_file, tmp_path):
+    options = Options(tmp_path, "cpu", {})
+    options.results.touch()
+    assert count_runs(missing_runs(read_plan(plan_file), options)) == RUNS
+    rows.start(options.results)
+    write_row(options.results, "10")
+    assert [row["shape"] for row in rows.read(options.results)] == ["10"]
+
+
+def test_a_row_that_is_not_written_whole_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "results.csv"
+    rows.start(path)
+    write = os.write
+    monkeypatch.setattr(rows.os, "write", lambda descriptor, line: write(descriptor, line[:20]))  # a disk that is full
+    with pytest.raises(OSError, match=r"No space left on device.*results\.csv"):
+        write_row(path, "10")
 
 
 def test_rows_belong_to_how_they_were_measured_and_not_to_the_yaml(plan_file, tmp_path):
