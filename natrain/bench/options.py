@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from natrain.bench.sweep import add_options
+from natrain.bench.sweep import add_options, check_limits
 from natrain.errors import invalid
 
 
@@ -36,6 +36,7 @@ class Options:
             if value != ("1" if name == "devices" else parser.get_default(name)):
                 shown = name if name == "devices" else f"--{name.replace('_', '-')}"
                 raise invalid(shown, value, f"no such option where kind is {kind}", fix)
+        check_limits(arguments)
         if arguments.threads is not None and arguments.threads < 1:
             raise invalid("--threads", arguments.threads, "a whole number >= 1", "--threads 2")
         return Options(arguments.retry_failed, arguments.time_limit, arguments.threads)

@@ -456,12 +456,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_everywhere(plan, arguments.plan, arguments.changes, options, [0])
 
 
+def check_limits(arguments: argparse.Namespace) -> None:
+    """Refuses numbers of ``add_options`` that would measure nothing, or go on for ever.
+
+    Raises:
+        ValueError: such a ``--time-limit`` or ``--chunk``.
+    """
+    limit_s, chunk = arguments.time_limit, arguments.chunk
+    if limit_s is not None and not limit_s > 0:
+        raise invalid("--time-limit", limit_s, "seconds above 0", "--time-limit 600")
+    if chunk < 1:
+        raise invalid("--chunk", chunk, "a whole number >= 1", "--chunk 24")
+
+
 def options_of(arguments: argparse.Namespace, out: Path, device: str) -> Options:
     """Those of ``add_options``.
 
     Raises:
-        ValueError: a word of ``--only`` that no problem has.
+        ValueError: a word of ``--only`` that no problem has, a number out of range.
     """
+    check_limits(arguments)
     return Options(
         out=out,
         device=device,
