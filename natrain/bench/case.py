@@ -36,7 +36,7 @@ _OTHERS = {
 
 def meant(word: str, names: Sequence[str]) -> str:
     """The one of ``names`` that who typed ``word`` most likely meant; the size of the window where nothing is near."""
-    return _OTHERS.get(word) or nearest(word, names) or "kernel_size"
+    return _OTHERS.get(word) or nearest(str(word), names) or "kernel_size"
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class Case:
                 examples = {"shape": "56x56", "heads": "2", "head_dim": "32", "kernel_size": "7"}
                 raise invalid(word, None, "a value", f"{word}={examples[word]}")
         spatial = _numbers("shape", given["shape"])
+        if len(spatial) not in OPS.values():
+            raise invalid("shape", given["shape"], "1 to 3 axes joined by x", "shape=56x56")
         op = given.get("op", f"na{len(spatial)}d")
         if OPS.get(op) != len(spatial):
             raise invalid("op", op, f"na{len(spatial)}d for shape={given['shape']}", f"op=na{len(spatial)}d")
@@ -156,12 +158,19 @@ def _parts(value: Any) -> list:
 
 def _numbers(word: str, value: Any) -> tuple[int, ...]:
     try:
-        numbers = tuple(int(part) for part in _parts(value))
+        numbers = tuple(_whole(part) for part in _parts(value))
     except (TypeError, ValueError):
         numbers = ()
     if not numbers or min(numbers) < 1:
         raise invalid(word, value, "whole numbers >= 1 joined by x", f"{word}=7 or {word}=7x7")
     return numbers
+
+
+def _whole(value: Any) -> int:
+    """Raises: ValueError: 1.5 and true, which ``int`` would take."""
+    if isinstance(value, (bool, float)):
+        raise ValueError(value)
+    return int(value)
 
 
 def _number(word: str, value: Any) -> int:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ _MOST_IMAGES = 1024
 _CHOICES = {"timer": TIMERS, "cache": ("cold", "warm")}
 _MEASURING = ("runs", "timer", "cache", "tf32", "seconds")
 _DEFAULTS = {
+    "kind": "kernels",
     "kernels": None,
     "baseline": None,
     "directions": list(DIRECTIONS),
@@ -107,7 +109,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise invalid("ablation", str(path), "a yaml file that exists", "ablation=paper_2d")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
         raise invalid("ablation", str(path), f"a yaml file ({where})", "correct that line") from None
     if not isinstance(settings, dict):
@@ -128,6 +130,10 @@ def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mappin
         if key not in _DEFAULTS:
             names = [*_DEFAULTS, *WORDS]
             raise invalid("setting", key, f"one of {', '.join(names)}", f"{meant(key, names)}=...")
+    if known["kind"] != "kernels":
+        raise invalid(
+            "kind", known["kind"], "kernels, for a sweep over problems", "natrain ablate, which takes all kinds"
+        )
     directions = as_list(known["directions"])
     _check_measuring(known)
     if not directions or not set(map(str, directions)) <= set(DIRECTIONS):
@@ -136,9 +142,11 @@ def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mappin
     if not arms:
         raise invalid("kernels", known["kernels"], "names of contenders", "kernels=[naive,fused]")
     names = [arm.name for arm in arms]
-    baseline = known["baseline"] if known["baseline"] in names or not changes.get("kernels") else names[0]
-    if (baseline or names[0]) not in names:
-        raise invalid("baseline", baseline, f"one of {', '.join(names)}", f"baseline={names[0]}")
+    baseline = known["baseline"]
+    if baseline not in names:
+        if baseline is not None and ("baseline" in changes or "kernels" not in changes):
+            raise invalid("baseline", baseline, f"one of {', '.join(names)}", f"baseline={names[0]}")
+        baseline = names[0]
     problems = known["problems"] or [{}]
     if not isinstance(problems, list) or not all(isinstance(problem, dict) for problem in problems):
         fix = "problems: [{shape: 56x56, heads: 2, head_dim: 32}]"
@@ -148,10 +156,10 @@ def make_plan(name: str, settings: Mapping[str, Any], text: str, changes: Mappin
         name=name,
         text=text,
         arms=arms,
-        baseline=baseline or names[0],
+        baseline=baseline,
         cases=tuple(cases),
         num_left_out=num_left_out,
-        directions=tuple(directions),
+        directions=tuple(dict.fromkeys(directions)),
         runs=known["runs"],
         timer=known["timer"],
         cache=known["cache"],
@@ -169,7 +177,7 @@ def _check_measuring(known: Mapping[str, Any]) -> None:
     runs, seconds = known["runs"], known["seconds"]
     if not isinstance(runs, int) or runs < 3:
         raise invalid("runs", runs, "a whole number of at least 3, for an interval", "runs=15")
-    if not isinstance(seconds, (int, float)) or seconds <= 0:
+    if type(seconds) not in (int, float) or not 0 < seconds < math.inf:
         raise invalid("seconds", seconds, "a number above 0", "seconds=10")
     if not isinstance(known["tf32"], bool):
         raise invalid("tf32", known["tf32"], "true or false", "tf32=true")
@@ -216,7 +224,7 @@ def parse_changes(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         try:
-            parts = [text] if text[:1] in ("[", "{") else text.split(",")
+            parts = [text] if text[:1] in ("[", "{", '"') else text.split(",")
             values = [yaml.safe_load(part) for part in parts]
         except yaml.YAMLError:
             values = []
@@ -241,6 +249,9 @@ def _arm(entry: Any) -> ArmSpec:
 
 def _cases(problems: Sequence[Mapping[str, Any]], axes: Mapping[str, Any]) -> tuple[list[Case], int]:
     lists = {key: value if isinstance(value, list) else [value] for key, value in axes.items()}
+    for key, values in lists.items():
+        if not values:
+            raise invalid(key, values, "at least one value", f"values for {key}, or no {key} among the axes")
     cases: dict[Case, None] = {}
     num_left_out = 0
     for line in problems:

@@ -59,7 +59,11 @@ def run_everywhere(
         for commit in dict.fromkeys(arm.commit for arm in plan.arms)
     }
     _announce(plan, missing, options, len(devices))
-    fixed = [*changes, f"kernels={json.dumps([asdict(arm) for arm in plan.arms])}", f"baseline={plan.baseline}"]
+    fixed = [
+        *changes,
+        f"kernels={json.dumps([asdict(arm) for arm in plan.arms])}",
+        f"baseline={json.dumps(plan.baseline)}",
+    ]
     commits = [commit for commit, runs in missing.items() if runs]
     deadline = None if options.time_limit_s is None else time.monotonic() + options.time_limit_s
     if commits:

@@ -13,6 +13,7 @@ can be a commit: kernels=[naive,{kernel: naive, commit: HEAD~3}]."""
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from natrain.errors import invalid, nearest
@@ -56,12 +57,12 @@ def run(arguments: argparse.Namespace) -> int:
         check_wandb("wandb", words["wandb"])
     kinds = {"kernels": _kernels, "models": _models, "training": _training}
     kind = read_settings(path).get("kind", "kernels")
-    if kind not in kinds:
+    if str(kind) not in kinds:
         raise invalid("kind", kind, f"one of {', '.join(kinds)}", "kind: kernels")
     out, code = kinds[kind](path, words, changes, device, arguments)
     if words["wandb"] is not None:
         log_tables(build_page([out]), words["wandb"], out)
-    print(f"the page: natrain report {out}")
+    print(f"the page: {shlex.join(['natrain', 'report', str(out)])}")
     return code
 
 

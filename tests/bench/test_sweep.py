@@ -277,6 +277,17 @@ def test_how_times_are_taken_is_part_of_the_hash(plan_file, monkeypatch):
         ({"problems": 3}, "problems=3 .* a list of problems"),
         ({"axes": [1]}, "axes: .kernel_size"),
         ({"tf32": "some"}, "tf32=true"),
+        ({"seconds": float("inf")}, "seconds=inf .* Try: seconds=10"),
+        ({"seconds": float("nan")}, "seconds=nan .* Try: seconds=10"),
+        ({"heads": 1.5}, "heads=1.5 .* one whole number"),
+        ({"kernel_size": [3, 3.5]}, "kernel_size=3.5 .* whole numbers"),
+        ({"heads": True}, "heads=True .* one whole number"),
+        ({"shape": "4x4x4x4"}, "shape='4x4x4x4' .* 1 to 3 axes"),
+        ({"dtype": []}, r"dtype=\[\] .* at least one value"),
+        ({"kernels": ["cpu", "reference"], "baseline": "naive"}, "baseline='naive' .* Try: baseline=cpu"),
+        ({"kind": "models"}, "kind='models' .* natrain ablate"),
+        ({5: 1}, "setting=5 .* one of"),
+        ({"axes": {5: [1]}}, "setting=5 .* one of"),
     ],
 )
 def test_a_bad_plan_says_what_to_type(plan_file, changes, message):
@@ -286,20 +297,40 @@ def test_a_bad_plan_says_what_to_type(plan_file, changes, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("kernels: [cpu", "a yaml file .*line 1"), ("[cpu, reference]", "settings with values"), ("", "settings with")],
+    [
+        ("kernels: [cpu", "a yaml file .*line 1"),
+        ("[cpu, reference]", "settings with values"),
+        ("", "settings with"),
+        ("name: \udcff", "bad.yaml' .* a yaml file .*decode byte 0xff"),
+    ],
 )
 def test_a_yaml_that_is_none_says_so(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as caught:
         read_plan(path)
     assert "\n" not in str(caught.value)
 
 
 def test_one_value_stands_for_a_list_of_it(plan_file):
-    plan_file.write_text(PLAN.replace("[cpu, reference, naive]", "cpu") + "directions: forward\n")
+    plan_file.write_text("kind: kernels\n" + PLAN.replace("[cpu, reference, naive]", "cpu") + "directions: forward\n")
     plan = read_plan(plan_file)
     assert [arm.name for arm in plan.arms] == ["cpu"] and plan.directions == ("forward",)
+
+
+def test_a_direction_named_twice_is_measured_once(plan_file, tmp_path):
+    plan = read_plan(plan_file, {"directions": ["backward", "forward", "backward"]})
+    assert plan.directions == ("backward", "forward")
+    assert count_runs(missing_runs(plan, Options(tmp_path, "cpu", {}))) == RUNS
+
+
+@pytest.mark.parametrize("name", ["2", "tile 4, warps 8"])
+def test_a_baseline_of_any_name_is_that_of_the_processes_that_measure(plan_file, tmp_path, name):
+    arms = f"[reference, {{name: {json.dumps(name)}, kernel: cpu}}]"
+    small = "axes: {shape: 6, heads: 1, head_dim: 8, kernel_size: 3}\ndirections: forward\n"
+    plan_file.write_text(f"kernels: {arms}\nbaseline: {json.dumps(name)}\nruns: 3\ncache: warm\n{small}")
+    assert main([str(plan_file), "--out", str(tmp_path / "out"), "--device", "cpu", "--threads", "1"]) == 0
+    assert json.loads((tmp_path / "out/environment.jsonl").read_text())["baseline"] == name
 
 
 def test_arms_that_are_none_of_the_plan(plan_file, tmp_path):

@@ -333,6 +333,14 @@ def test_bad_words_say_what_to_type(words, message, capsys):
     assert message in said.err and said.err.count("\n") == 1 and "the page" not in said.out
 
 
+@pytest.mark.parametrize("kind", ["[kernels]", "null", "sweep"])
+def test_a_kind_that_is_none(tmp_path, capsys, kind):
+    (tmp_path / "mine.yaml").write_text(f"kind: {kind}\nkernels: cpu\n")
+    assert main(["ablate", f"ablation={tmp_path}/mine.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "one of kernels, models, training" in said
+
+
 @pytest.mark.parametrize("text", ["kernels: [cpu", "[cpu, reference]"])
 def test_a_yaml_without_settings(tmp_path, capsys, text):
     (tmp_path / "mine.yaml").write_text(text)
