@@ -43,7 +43,7 @@ from natrain.bench.estimate import DIRECTIONS
 from natrain.bench.measure import Timing, measure
 from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
-from natrain.bench.plan import as_list, read_settings
+from natrain.bench.plan import as_list, as_names, read_settings
 from natrain.bench.run_case import Setup, run_case
 from natrain.errors import invalid
 from natrain.models import list_models
@@ -100,11 +100,12 @@ def read_model_plan(path: Path, changes: Mapping[str, Any]) -> ModelPlan:
     Raises:
         ValueError: an unknown setting, model, kernel or precision.
     """
-    found = {"img_size": None, "runs": 10, "baseline": None, **read_settings(path), **changes}
-    lists = {name: as_list(found[name]) for name in ("model", "kernels", "precision", "compile")}
-    known = {"kind", "model", "kernels", "precision", "compile", "batch", "img_size", "runs", "baseline"}
-    for name in set(found) - known:
-        raise invalid("setting", name, f"one of {', '.join(sorted(known - {'kind'}))}", "batch=64")
+    known = ("kind", "model", "kernels", "precision", "compile", "batch", "img_size", "runs", "baseline")
+    found = {**dict.fromkeys(known), "runs": 10, **read_settings(path), **changes}
+    for name in set(found) - set(known):
+        raise invalid("setting", name, f"one of {', '.join(sorted(known[1:]))}", "batch=64")
+    examples = {"model": "nat_tiny", "kernels": "naive,fused", "precision": "bf16"}
+    lists = {name: as_names(name, found[name], example) for name, example in examples.items()}
     for name in lists["model"]:
         if name not in list_models():
             raise invalid("model", name, "models of natrain (`natrain models` lists them)", "model=nat_tiny")
@@ -113,9 +114,9 @@ def read_model_plan(path: Path, changes: Mapping[str, Any]) -> ModelPlan:
     for name in lists["precision"]:
         if name not in ("bf16", "fp16", "fp32"):
             raise invalid("precision", name, "some of bf16, fp16, fp32", "precision=bf16")
-    for name in lists["compile"]:
-        if not isinstance(name, bool):
-            raise invalid("compile", name, "true, false or both", "compile=[false,true]")
+    compiles = as_list(found["compile"])
+    if not compiles or not all(isinstance(value, bool) for value in compiles):
+        raise invalid("compile", found["compile"], "true, false or both", "compile=[false,true]")
     for name, least, may_be_null in (("batch", 1, False), ("img_size", 1, True), ("runs", 3, False)):
         value = found[name]
         if (type(value) is not int or value < least) and not (may_be_null and value is None):
@@ -134,7 +135,7 @@ def read_model_plan(path: Path, changes: Mapping[str, Any]) -> ModelPlan:
         tuple(lists["kernels"]),
         baseline,
         tuple(lists["precision"]),
-        tuple(lists["compile"]),
+        tuple(dict.fromkeys(compiles)),
         *measuring,
         path.read_text(encoding="utf-8"),
         hashlib.sha256(repr(measuring).encode()).hexdigest()[:12],

@@ -212,6 +212,33 @@ def as_list(value: Any) -> list:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
+def as_names(key: str, value: Any, example: str) -> list[str]:
+    """One name or several, each once.
+
+    Raises:
+        ValueError: none, or something that is no name.
+    """
+    names = as_list(value)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise invalid(key, value, "a name, or a list of names", f"{key}={example}")
+    return list(dict.fromkeys(names))
+
+
+def value_of(word: str) -> Any:
+    """The value of ``key=value`` as yaml.
+
+    Raises:
+        ValueError: it is none.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(word.partition("=")[2])
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise invalid("setting", word, f"a value as yaml has it ({where})", f"{word.partition('=')[0]}=...") from None
+
+
 def parse_changes(words: Sequence[str]) -> dict[str, Any]:
     """``kernels=cpu,reference runs=5 dtype=[fp16]`` as changes; several values are joined by commas, or a yaml list.
 

@@ -13,12 +13,22 @@ _RUN = "run"  # attribute of a trial: the folder of the trial that it repeats
 
 
 def check_space(search: Mapping[str, Any]) -> None:
-    """Raises: ValueError: a space that is neither a list nor a range."""
+    """Raises: ValueError: a space that is neither a list nor a range, or a range that holds nothing."""
     for key, space in search.items():
-        is_list = isinstance(space, list) and space
-        is_range = isinstance(space, dict) and {"low", "high"} <= set(space) <= {"low", "high", "log", "step"}
-        if not is_list and not is_range:
-            raise invalid(f"search.{key}", space, "a list of values, or {low: , high: , log: }", "[0.0, 0.2]")
+        if not (isinstance(space, list) and space) and not _is_range(space):
+            allowed = "a list of values, or {low: , high: } with log: true (low above 0) or step: above 0"
+            raise invalid(f"search.{key}", space, allowed, "[0.0, 0.2]")
+
+
+def _is_range(space: Any) -> bool:
+    if not isinstance(space, dict) or not {"low", "high"} <= set(space) <= {"low", "high", "log", "step"}:
+        return False
+    low, high, step, log = space["low"], space["high"], space.get("step"), space.get("log", False)
+    if not all(type(value) in (int, float) for value in (low, high, *([] if step is None else [step]))):
+        return False
+    return (
+        low <= high and isinstance(log, bool) and (not log or (low > 0 and step is None)) and (step is None or step > 0)
+    )
 
 
 def examples(search: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -111,5 +121,5 @@ def _tell(study: Any, number: int, result: Mapping[str, Any]) -> None:
 def _suggest(trial: Any, key: str, space: Any) -> Any:
     if isinstance(space, list):
         return trial.suggest_categorical(key, space)
-    is_whole = all(isinstance(space[end], int) for end in ("low", "high"))
+    is_whole = all(isinstance(space.get(name, 1), int) for name in ("low", "high", "step"))
     return (trial.suggest_int if is_whole else trial.suggest_float)(key, **space)

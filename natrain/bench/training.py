@@ -37,7 +37,7 @@ from natrain.bench.environment import add_session, commit_of_code
 from natrain.bench.jobs import Cluster, Job, computes_on, need, run_jobs
 from natrain.bench.model_cost import Cost
 from natrain.bench.options import Options
-from natrain.bench.plan import as_list, read_settings
+from natrain.bench.plan import as_names, read_settings, value_of
 from natrain.bench.search import check_space, examples, run_search
 from natrain.data import build_datamodule
 from natrain.errors import invalid, nearest
@@ -118,8 +118,9 @@ def read_training_plan(path: Path, changes: Sequence[str], device: str | None = 
     for key in set(found) - set(_DEFAULTS):
         known = ", ".join(_DEFAULTS)
         raise invalid("setting", key, f"one of {known}", f"{nearest(str(key), _DEFAULTS) or 'seeds'}: ...")
-    found["kernels"] = as_list(found["kernels"])
+    _check_kinds(found)
     typed, words = _apply(found, changes, device)
+    found["kernels"] = as_names("kernels", found["kernels"], "naive,fused")
     search = found["search"] or {}
     _refuse(words, search)
     check_space(search)
@@ -139,22 +140,32 @@ def read_training_plan(path: Path, changes: Sequence[str], device: str | None = 
     )
 
 
+def _check_kinds(found: Mapping[str, Any]) -> None:
+    """Refuses values of the yaml that are of another kind than this code takes."""
+    settings = found["settings"]
+    if not isinstance(settings, list) or not all(isinstance(word, str) and "=" in word for word in settings):
+        allowed = "a list of what is typed after `natrain train`, each key=value"
+        raise invalid("settings", settings, allowed, "settings: [model=nat_cifar, data=cifar10]")
+    for key, example in (("search", "{optim.lr: [1.0e-3, 2.0e-3]}"), ("cluster_options", "{timeout_min: 60}")):
+        value = found[key]
+        if value is not None and not (isinstance(value, dict) and all(isinstance(name, str) for name in value)):
+            raise invalid(key, value, "names with their values, or null", f"{key}: {example}")
+
+
 def _apply(found: dict[str, Any], changes: Sequence[str], device: str | None) -> tuple[set[str], list[str]]:
     """Changes ``found`` as typed; the keys of it that were, and the settings of every training."""
-    import yaml
-
     typed, words, options = set(), list(found["settings"]), dict(found["cluster_options"] or {})
     for change in changes:
         key, equals, value = change.partition("=")
-        if not equals:
+        if not equals or not key:
             raise invalid("setting", change, "key=value", "seeds=5")
         if key.startswith("cluster_options."):
-            options[key.partition(".")[2]] = yaml.safe_load(value)
+            options[key.partition(".")[2]] = value_of(change)
         elif key == "kernels":
             found[key] = [name.strip() for name in value.strip("[]").split(",")]
             typed.add(key)
         elif key in ("baseline", "seeds", "trials", "cluster", "parallel"):
-            found[key] = yaml.safe_load(value)
+            found[key] = value_of(change)
             typed.add(key)
         else:
             words = [word for word in words if _split(word)[0] != key.lstrip("+")] + [change]

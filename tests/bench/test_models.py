@@ -181,8 +181,28 @@ def test_what_cannot_be_measured_is_refused(words, message, tmp_path, capsys):
         ({"kernels": "niave"}, "naive"),
         ({"precision": "tf32"}, "bf16"),
         ({"x": 1}, "x"),
+        ({"model": None}, "model=None .* a list of names"),
+        ({"kernels": []}, r"kernels=\[\] .* a list of names"),
+        ({"kernels": [{"kernel": "cpu", "commit": "HEAD"}]}, "kernels=.*commit.* a list of names"),
+        ({"precision": []}, r"precision=\[\] .* a list of names"),
+        ({"compile": []}, r"compile=\[\] .* true, false or both"),
     ],
 )
 def test_bad_model_plans(changes, message):
     with pytest.raises(ValueError, match=message):
         read_model_plan(MODELS, changes)
+
+
+@pytest.mark.parametrize("missing", ["model", "kernels", "precision", "compile", "batch"])
+def test_a_model_plan_without_a_setting_says_which(tmp_path, missing):
+    lines = ["kind: models", "model: nat_digits", "kernels: cpu", "precision: fp32", "compile: false", "batch: 4"]
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(line for line in lines if not line.startswith(missing)))
+    with pytest.raises(ValueError, match=f"{missing}=None is not allowed"):
+        read_model_plan(path, {})
+
+
+def test_what_is_named_twice_is_measured_once():
+    twice = {"model": ["nat_mini"] * 2, "kernels": ["cpu", "reference", "cpu"], "compile": [True, False, True]}
+    plan = read_model_plan(MODELS, twice)
+    assert (plan.models, plan.kernels, plan.compiles) == (("nat_mini",), ("cpu", "reference"), (True, False))

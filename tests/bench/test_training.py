@@ -313,6 +313,9 @@ def test_a_killed_trial_is_trained_again_where_it_was(tmp_path, trained, monkeyp
         (["kernels=niave"], "naive"),
         (["cluster=lsf"], "cluster=slurm"),
         (["seeds"], "seeds=5"),
+        (["seeds=[1"], r"setting='seeds=\[1' .* as yaml has it"),
+        (["kernels="], "'' is not allowed"),
+        (["=4"], "seeds=5"),
     ],
 )
 def test_bad_training_plans(words, message):
@@ -323,3 +326,32 @@ def test_bad_training_plans(words, message):
 def test_one_kernel_of_a_yaml_stands_for_a_list(tmp_path):
     (tmp_path / "mine.yaml").write_text("kind: training\nkernels: cpu\nsettings: [model=nat_digits]\n")
     assert read_training_plan(tmp_path / "mine.yaml", []).kernels == ("cpu",)
+
+
+def test_a_kernel_named_twice_trains_once():
+    assert read_training_plan(TRAINING, ["kernels=cpu,reference,cpu"]).kernels == ("cpu", "reference")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("kernels: []", r"kernels=\[\] .* a list of names"),
+        ("kernels: [{kernel: cpu, commit: HEAD}]", "kernels=.*commit.* a list of names"),
+        ("settings: null", "settings=None is not allowed"),
+        ("settings: [model]", "settings=.* each key=value"),
+        ("settings: [{model: nat_digits}]", "settings=.* each key=value"),
+        ("search: [optim.lr]", "search=.* names with their values"),
+        ("search: {optim.lr: 0.1}", "search.optim.lr=0.1"),
+        ("search: {optim.lr: {low: 1, high: 0}}", "search.optim.lr=.* a list of values"),
+        ("search: {optim.lr: {low: 0, high: 1, log: true}}", "search.optim.lr=.*low above 0"),
+        ("search: {optim.lr: {low: a, high: b}}", "search.optim.lr=.* a list of values"),
+        ("search: {optim.lr: {low: 0, high: 1, step: 0}}", "search.optim.lr=.*step: above 0"),
+        ("cluster_options: 60", "cluster_options=60 .* names with their values"),
+    ],
+)
+def test_a_yaml_of_trainings_with_a_wrong_value(tmp_path, line, message):
+    lines = {"kernels": "kernels: cpu", "settings": "settings: [model=nat_digits]", "trials": "trials: 2"}
+    path = tmp_path / "mine.yaml"
+    path.write_text("\n".join(["kind: training", *{**lines, line.partition(":")[0]: line}.values()]))
+    with pytest.raises(ValueError, match=message):
+        read_training_plan(path, [])
