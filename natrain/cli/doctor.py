@@ -63,7 +63,11 @@ def _compilers() -> None:
     _show("C++", find_compiler() or "not found (apt install g++)")
     _show("nvcc", find_nvcc() or "not found; NVRTC serves in its place")
     _show("NVRTC", find_nvrtc() or "not found")
-    _show("cache", f"{cache.folder()} holds {len(cache.entries())} compiled kernels")
+    try:
+        found = f"{cache.folder()} holds {len(cache.entries())} compiled kernels"
+    except ValueError as error:
+        found = str(error)
+    _show("cache", found)
 
 
 def _environment() -> None:

@@ -215,6 +215,8 @@ def _list(words: list[str]) -> int:
     from natrain.jit import cache
     from natrain.ops import fused_tuned
 
+    if words:
+        raise invalid("WORD", " ".join(words), "no words after list, which shows all", "natrain kernels list")
     entries = cache.entries()
     rows = [("kernel", "target", "KiB", "compiler")]
     for entry in entries:

@@ -27,12 +27,15 @@ def folder() -> Path:
     """The cache's root, created if need be.
 
     Raises:
-        ValueError: somebody else owns it or may write to it: what lies in it is loaded as code.
+        ValueError: it cannot be made, or somebody else owns it or may write to it: what lies in it is loaded as code.
     """
-    root = Path(
-        env.read("NATRAIN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "natrain"
-    ).absolute()
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    named = env.read("NATRAIN_CACHE")
+    try:
+        root = Path(named or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "natrain").absolute()
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
+        allowed = f"a folder that is there or can be made ({error})"
+        raise invalid("NATRAIN_CACHE", named, allowed, "NATRAIN_CACHE=/tmp/natrain-own before the command") from None
     if sys.platform != "win32":
         status = root.stat()
         if status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -199,6 +199,14 @@ def test_doctor_gives_every_kernel_a_verdict(capsys, monkeypatch):
     assert "chosen" in verdicts
 
 
+def test_doctor_goes_on_where_the_cache_cannot_be_made(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert f"cache        NATRAIN_CACHE='{tmp_path}/file/cache' is not allowed" in said and "  reference " in said
+
+
 def test_module_and_script_are_the_command(repository, tmp_path):
     for program in (["-m", "natrain"], [str(repository / "scripts" / "train.py")]):
         words = ["train"] if program[0] == "-m" else []

@@ -98,8 +98,18 @@ def test_a_kernel_that_does_not_compile_is_an_error(monkeypatch, capsys):
         (["build", "model=nat_tiny", "arch=90", "batch=0"], "batch=128"),
         (["biuld"], "natrain kernels build"),
         (["clear", "nothing"], "natrain kernels list"),
+        (["list", "cpu"], "natrain kernels list"),
     ],
 )
 def test_bad_words_say_what_to_type(words, message, capsys):
     assert main(["kernels", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["list"], ["clear"], ["build", "model=nat_digits", "arch=portable", "dtype=fp32"]])
+def test_a_cache_that_cannot_be_made(words, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / "file"))
+    assert main(["kernels", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"natrain: error: NATRAIN_CACHE='{tmp_path}/file' is not allowed") and said.count("\n") == 1
