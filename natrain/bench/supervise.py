@@ -22,12 +22,15 @@ def locked(folder: Path) -> Iterator[int]:
     """The folder for this process and those that it gives the descriptor to, until the last of them has ended.
 
     Raises:
-        ValueError: another sweep is at work in it.
+        ValueError: another sweep is at work in it, or it cannot be written to.
     """
     import fcntl
 
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise invalid("out", str(folder), f"a folder that can be made and written to ({error})", "out=NEW") from None
     try:
         deadline = time.monotonic() + _WAIT_S
         while True:

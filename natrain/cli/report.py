@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from natrain.errors import invalid
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of `natrain ablate`")
@@ -27,9 +29,12 @@ def run(arguments: argparse.Namespace) -> int:
         check_wandb("--wandb", arguments.wandb)
     page = build_page(arguments.runs, arguments.title, arguments.baseline)
     out = arguments.out or arguments.runs[0]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.html").write_text(html(page), encoding="utf-8")
-    write_markdown(page, out / "report.md")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.html").write_text(html(page), encoding="utf-8")
+        write_markdown(page, out / "report.md")
+    except OSError as error:
+        raise invalid("--out", str(out), f"a folder that can be written to ({error})", "--out ANOTHER") from None
     for line in page.summary:
         print(line)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")

@@ -333,6 +333,14 @@ def test_bad_words_say_what_to_type(words, message, capsys):
     assert message in said.err and said.err.count("\n") == 1 and "the page" not in said.out
 
 
+@pytest.mark.parametrize("words", [["ablation=dtypes"], ["ablation=models", "model=nat_digits"]])
+def test_a_folder_that_cannot_be_made(words, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["ablate", *words, "device=cpu", "kernels=cpu", f"out={tmp_path}/file/out"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"natrain: error: out='{tmp_path}/file/out' is not allowed") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("kind", ["[kernels]", "null", "sweep"])
 def test_a_kind_that_is_none(tmp_path, capsys, kind):
     (tmp_path / "mine.yaml").write_text(f"kind: {kind}\nkernels: cpu\n")

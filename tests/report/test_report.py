@@ -229,6 +229,12 @@ def test_disturbed_times_are_counted_and_marked(folder, capsys):
     assert len(marked) == 7 and all(row["high"] == 7.7 for row in marked)
 
 
+def test_a_page_that_cannot_be_written(folder, capsys):
+    assert main(["report", str(folder), "--out", str(folder / "results.csv")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"natrain: error: --out='{folder}/results.csv' is not allowed") and said.count("\n") == 1
+
+
 def test_another_baseline(folder):
     page = build_page([folder], baseline="fused")
     assert {row["kernel"] for row in table(page, "gains")} == {"naive", "gemm"}
