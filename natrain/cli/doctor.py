@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _show(title: str, value: object) -> None:
-    print(f"{title:13}{value}")
+    print(f"{title:12} {value}")
 
 
 def _version(package: str) -> str:

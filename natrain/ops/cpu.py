@@ -57,8 +57,13 @@ def _library(dtype: torch.dtype):
 @functools.lru_cache
 def _reasons(real: torch.dtype) -> tuple[str, ...]:
     """Empty where there is a compiler, or what it once made; asked, and said, once a process."""
-    if host.find_compiler() or find_built(build_spec(real, host.cpu_level())):
+    if host.find_compiler():
         return ()
+    try:
+        if find_built(build_spec(real, host.cpu_level())):
+            return ()
+    except ValueError:  # no cache that can be used, hence nothing compiled before
+        pass
     reason = f"no C++ compiler, and nothing compiled before: {host.REMEDY}"
     logger.warning("the fast cpu kernel is not available: %s", reason)
     return (reason,)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from natrain import env
 from natrain.cli import COMMANDS, main
-from natrain.ops import list_kernels
+from natrain.jit import host
+from natrain.ops import cpu, list_kernels
 from natrain.training.memory import OutOfMemory
 from natrain.training.report import NonFiniteLoss
 from tests.data.helpers import truncate, write_folder, write_image
@@ -202,8 +203,13 @@ def test_doctor_gives_every_kernel_a_verdict(capsys, monkeypatch):
 def test_doctor_goes_on_where_the_cache_cannot_be_made(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(host, "find_compiler", lambda: None)
+    monkeypatch.setattr(cpu, "_reasons", cpu._reasons.__wrapped__)
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
+    assert (
+        f"\nNATRAIN_CACHE {tmp_path}/file/cache  (" in said and "no C++ compiler, and nothing compiled before" in said
+    )
     assert f"cache        NATRAIN_CACHE='{tmp_path}/file/cache' is not allowed" in said and "  reference " in said
 
 
