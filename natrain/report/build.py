@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from natrain.bench import models, rows, training
 from natrain.errors import invalid, nearest
 from natrain.report import kernels, others
-from natrain.report.blocks import Page, Section, Table
+from natrain.report.blocks import Chart, Page, Section, Table
 
 # Shown once for all folders; what differs between sessions is listed.
 _ENVIRONMENT = (
@@ -43,33 +44,56 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
     runs: list[kernels.Run] = []
     clocks: set[int] = set()
     summary: list[str] = []
-    default = baseline or next((session["baseline"] for session in sessions if "baseline" in session), None)
+    kernels_baseline = baseline
     for folder in folders:
         files = [name for name in _FILES if (folder / name).is_file()]
         if not files:
             raise invalid(
                 "RUN", str(folder), "a folder of `natrain ablate` with results", "natrain report runs/ablations/NAME"
             )
+        default = baseline or next(
+            (session["baseline"] for session in _sessions(folder) if "baseline" in session), None
+        )
         for name in files:
             if name == "results.csv":
+                kernels_baseline = kernels_baseline or default
                 lines = list(rows.read(folder / name))
                 runs += map(kernels.Run.of, lines)
                 clocks |= {int(float(line["clock_mhz"])) for line in lines if line["clock_mhz"]}
-            elif name == "models.csv":
-                found += others.model_sections(list(rows.read(folder / name, models.COLUMNS)), default)
+                continue
+            lines = list(rows.read(folder / name, _FILES[name][0]))
+            if name == "models.csv":
+                sections, said = others.model_sections(lines, default), []
             else:
-                lines = list(rows.read(folder / name, training.COLUMNS))
-                found += others.training_sections(lines, folder, default)
-                summary += training.comparison(lines, default)
+                sections, said = others.training_sections(lines, folder, default), training.comparison(lines, default)
+            same = [each for each in folders if (each / name).is_file()]
+            if len(same) > 1:
+                sections = [_of_folder(section, folder, same.index(folder) + 1) for section in sections]
+                said = [f"{folder}: {line}" for line in said]
+            found, summary = found + sections, summary + said
     _check_baseline(folders, baseline)
     if runs:
-        results = _results(runs, default)
+        results = _results(runs, kernels_baseline)
         ceilings = next((session for session in reversed(sessions) if "copy_bytes_per_s" in session), {})
         summary = kernels.summary(results) + summary
         found = kernels.sections(results, ceilings) + found
     device = sessions[-1]["device"] if sessions else "unknown device"
     names = ", ".join(dict.fromkeys(session["plan"] for session in sessions)) or "results"
     return Page(title or f"{names} on {device}", tuple(summary), (*found, _environment(sessions, clocks)))
+
+
+def _of_folder(section: Section, folder: Path, number: int) -> Section:
+    """The section of one folder of several: its title says which, and its files have names of their own."""
+
+    def renamed(block: Table | Chart) -> Table | Chart:
+        name = f"{block.name}-{number}"
+        return (
+            replace(block, name=name, data=renamed(block.data))
+            if isinstance(block, Chart)
+            else replace(block, name=name)
+        )
+
+    return replace(section, title=f"{section.title}: {folder}", blocks=tuple(map(renamed, section.blocks)))
 
 
 def _check_baseline(folders: Sequence[Path], asked: str | None) -> None:
@@ -82,8 +106,10 @@ def _check_baseline(folders: Sequence[Path], asked: str | None) -> None:
             if (folder / name).is_file():
                 read = rows.read(folder / name, columns)
                 timed |= dict.fromkeys(row[contender] for row in read if row["status"] == "ok")
+    if not timed:
+        raise invalid("--baseline", asked, "none: no contender has a time or an accuracy", "no --baseline")
     if asked not in timed:
-        best = nearest(asked, timed) or next(iter(timed), "cpu")
+        best = nearest(asked, timed) or next(iter(timed))
         raise invalid("--baseline", asked, f"one of {', '.join(timed)}", f"--baseline {best}")
 
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -407,6 +408,45 @@ def test_models_and_trainings_have_pages(tmp_path):
     assert len(table(page, "losses")) == 4 and [row["top-1 %"] for row in table(page, "trainings")] == [50.0, 51.0]
     assert page.summary[0].startswith("fused against naive, 1 seeds: top-1 +1.00 points")
     assert html(page).count("<figure>") == 2
+
+
+def test_every_folder_has_its_own_baseline_and_files(tmp_path, folder, capsys):
+    for name in ("naive", "fused"):
+        (tmp_path / name).mkdir()
+        models_and_trainings(tmp_path / name)
+    session = '{"device": "a device", "plan": "mine", "baseline": "fused"}\n'
+    (tmp_path / "fused" / "environment.jsonl").write_text(session)
+    page = build_page([tmp_path / "fused", tmp_path / "naive", folder])
+    assert {row["kernel"]: row["x fused"] for row in table(page, "models-training-1")} == {"naive": 0.4, "fused": 1.0}
+    assert {row["kernel"]: row["x naive"] for row in table(page, "models-training-2")} == {"naive": 1.0, "fused": 2.5}
+    assert {row["kernel"] for row in table(page, "gains")} == {"gemm", "fused"}
+    names = [each.name for each in page.tables]
+    # A chart and the table beside it are of one file.
+    assert {name for name in names if names.count(name) > 1} == {"models-training-1", "models-training-2"}
+    assert f"Trainings: {tmp_path}/naive" in [section.title for section in page.sections]
+    assert any(line.startswith(f"{tmp_path}/fused: naive against fused, 1 seeds") for line in page.summary)
+
+
+@pytest.mark.parametrize("name", ["../tile 4", "a/b", "<b>|"])
+def test_a_contender_of_any_name_has_its_files(tmp_path, name):
+    rows.start(tmp_path / "results.csv")
+    case = Case.of({"shape": "28", "heads": 2, "head_dim": 32, "kernel_size": 3})
+    for arm, status in (("naive", "ok"), (name, "ok"), (f"{name}2", "failed")):
+        row = {**case.words, "plan": "p", "arm": arm, "direction": "forward", "status": status, "utc": "now"}
+        times = {"median_ms": 1, "low_ms": 1, "high_ms": 1, "error": 0}
+        rows.append(tmp_path / "results.csv", {**row, **(times if status == "ok" else {"reason": "<class 'int'>"})})
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "my page")]) == 0
+    text = (tmp_path / "my page/report.md").read_text()
+    links = re.findall(r"\]\(([^) ]*)\)", text)
+    assert len(links) == text.count("](") and any("heat-" in link for link in links)
+    assert all((tmp_path / "my page" / unquote(link)).is_file() for link in links)
+    assert "&lt;class 'int'>" in text and "| <" not in text
+
+
+def test_a_baseline_where_nothing_has_a_time(tmp_path, capsys):
+    rows.start(tmp_path / "results.csv")
+    assert main(["report", str(tmp_path), "--baseline", "naive"]) == 2
+    assert "no contender has a time or an accuracy. Try: no --baseline" in capsys.readouterr().err
 
 
 def test_a_baseline_without_a_time_is_refused_for_models_and_trainings(tmp_path, capsys):
