@@ -21,6 +21,9 @@ _ENVIRONMENT = (
 )  # fmt: skip
 
 
+# Columns of results.csv that say how a time was taken.
+_WAY = ("device", "timer", "cache", "threads")
+
 # The CSV of each kind of ablation: its columns, and the one that names the contender.
 _FILES = {
     "results.csv": (rows.COLUMNS, "arm"),
@@ -43,6 +46,7 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
     found: list[Section] = []
     runs: list[kernels.Run] = []
     clocks: set[int] = set()
+    ways: dict[tuple[str, ...], None] = {}
     summary: list[str] = []
     kernels_baseline = baseline
     for folder in folders:
@@ -60,6 +64,7 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
                 lines = list(rows.read(folder / name))
                 runs += map(kernels.Run.of, lines)
                 clocks |= {int(float(line["clock_mhz"])) for line in lines if line["clock_mhz"]}
+                ways |= dict.fromkeys(tuple(line[column] for column in _WAY) for line in lines if line["median_ms"])
                 continue
             lines = list(rows.read(folder / name, _FILES[name][0]))
             if name == "models.csv":
@@ -75,11 +80,20 @@ def build_page(folders: Sequence[Path], title: str | None = None, baseline: str 
     if runs:
         results = _results(runs, kernels_baseline)
         ceilings = next((session for session in reversed(sessions) if "copy_bytes_per_s" in session), {})
-        summary = kernels.summary(results) + summary
+        summary = _mixed(list(ways)) + kernels.summary(results) + summary
         found = kernels.sections(results, ceilings) + found
     device = sessions[-1]["device"] if sessions else "unknown device"
     names = ", ".join(dict.fromkeys(session["plan"] for session in sessions)) or "results"
     return Page(title or f"{names} on {device}", tuple(summary), (*found, _environment(sessions, clocks)))
+
+
+def _mixed(ways: Sequence[tuple[str, ...]]) -> list[str]:
+    """A sentence where times were taken in several ways: a kernel may be faster for that alone."""
+    if len(ways) < 2:
+        return []
+    differing = {name: list(dict.fromkeys(own)) for name, own in zip(_WAY, zip(*ways, strict=True), strict=True)}
+    said = [f"{name} {', '.join(value or 'none' for value in own)}" for name, own in differing.items() if len(own) > 1]
+    return [f"times that were taken in {len(ways)} ways are compared, which differ in: {'; '.join(said)}"]
 
 
 def _of_folder(section: Section, folder: Path, number: int) -> Section:

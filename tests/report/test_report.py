@@ -236,6 +236,22 @@ def test_a_page_that_cannot_be_written(folder, capsys):
     assert said.startswith(f"natrain: error: --out='{folder}/results.csv' is not allowed") and said.count("\n") == 1
 
 
+def test_times_that_were_taken_in_several_ways_are_said_to_be(folder, tmp_path):
+    assert "ways" not in build_page([folder]).summary[0]
+    other = tmp_path / "other"
+    other.mkdir()
+    case = Case.of({"shape": "28x28", "heads": 2, "head_dim": 32, "kernel_size": 3, "dtype": "fp16"})
+    row = {**case.words, "plan": "p", "arm": "cpu", "direction": "forward", "utc": "now", "device": "a CPU", "error": 0}
+    rows.start(other / "results.csv")
+    failed = {**row, "device": "another", "status": "failed", "reason": "no"}
+    for line in ({**row, "status": "ok", "median_ms": 9, "low_ms": 9, "high_ms": 9, "threads": 2}, failed):
+        rows.append(other / "results.csv", line)
+    said = build_page([folder, other]).summary[0]
+    assert said == (
+        "times that were taken in 2 ways are compared, which differ in: device none, a CPU; threads none, 2"
+    )
+
+
 def test_another_baseline(folder):
     page = build_page([folder], baseline="fused")
     assert {row["kernel"] for row in table(page, "gains")} == {"naive", "gemm"}
