@@ -414,7 +414,8 @@ def parse_only(words: Sequence[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if not equals or name not in WORDS:
             raise invalid("--only", word, f"WORD=VALUE, a word of {', '.join(WORDS)}", "--only dtype=fp16")
-        only[name] = value
+        # As the CSV has flags; a yaml, and what is typed, has them in words.
+        only[name] = {"true": "1", "false": "0"}.get(value.lower(), value)
     return only
 
 

@@ -20,7 +20,7 @@ from natrain.bench.environment import commit_of_code, typed
 from natrain.bench.estimate import kernel_seconds
 from natrain.bench.plan import make_plan, read_plan
 from natrain.bench.run_case import DeviceLost, Outcome, Setup, run_case
-from natrain.bench.sweep import Options, count_runs, estimated_s, main, missing_runs, run_sweep
+from natrain.bench.sweep import Options, count_runs, estimated_s, main, missing_runs, parse_only, run_sweep
 from natrain.ops import registry
 from natrain.ops.cpu import CpuKernel
 
@@ -331,6 +331,13 @@ def test_a_baseline_of_any_name_is_that_of_the_processes_that_measure(plan_file,
     plan_file.write_text(f"kernels: {arms}\nbaseline: {json.dumps(name)}\nruns: 3\ncache: warm\n{small}")
     assert main([str(plan_file), "--out", str(tmp_path / "out"), "--device", "cpu", "--threads", "1"]) == 0
     assert json.loads((tmp_path / "out/environment.jsonl").read_text())["baseline"] == name
+
+
+@pytest.mark.parametrize("word", ["rpb=false", "rpb=0", "rpb=true"])
+def test_only_takes_flags_as_the_yaml_has_them(plan_file, tmp_path, word):
+    plan = read_plan(plan_file, {"rpb": [False, True], "is_causal": [False, True]})
+    only = parse_only([word, "is_causal=False"])
+    assert count_runs(missing_runs(plan, Options(tmp_path, "cpu", only))) == RUNS
 
 
 def test_arms_that_are_none_of_the_plan(plan_file, tmp_path):
