@@ -119,17 +119,26 @@ def _run(
         raise MemoryError(f"no memory for the cpu kernel's scratch: {problem}. Try: fewer threads, or shorter axes")
 
 
-@functools.lru_cache(maxsize=1024)
 def _equal(problem: Problem) -> Problem:
-    """What the compiled kernel solves, once for each head of q that shares one of k and v: mostly ``problem``."""
-    width = max(problem.head_dim, problem.value_dim)
+    """What the compiled kernel solves, once for each head of q that shares one of k and v; mostly ``problem``."""
     if problem.heads == problem.kv_heads and problem.head_dim == problem.value_dim:
         return problem
+    return _evened(problem)
+
+
+@functools.lru_cache(maxsize=1024)
+def _evened(problem: Problem) -> Problem:
+    width = max(problem.head_dim, problem.value_dim)
     return replace(problem, heads=problem.kv_heads, head_dim=width, value_dim=width)
 
 
 def _widened(x: Tensor, width: int) -> Tensor:
     return _rows(x) if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
+
+
+def _narrowed(x: Tensor, width: int) -> Tensor:
+    # ``x`` itself where it is as wide: autograd forbids to change a view that is one of several results.
+    return x if x.shape[-1] == width else x[..., :width].contiguous()
 
 
 def _of_heads(x: Tensor | None, heads: slice, axis: int) -> Tensor | None:
@@ -163,7 +172,7 @@ class CpuKernel(FusedKernel):
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[:-1], dtype=acc)
         if not out.numel():
-            return out[..., : problem.value_dim].contiguous(), lse
+            return _narrowed(out, problem.value_dim), lse
         if part is problem:
             rpb = None if rpb is None else rpb.to(acc).contiguous()
             tensors = (q, k, v, out, lse, None, None, None, None, None)
@@ -174,7 +183,7 @@ class CpuKernel(FusedKernel):
             bias = None if rpb is None else rpb[heads].to(acc).contiguous()
             tensors = (q_part, k, v, out_part, _of_heads(lse, heads, -1), None, None, None, None, None)
             _run("natrain_cpu_forward", part, tensors, bias, None, seed, scale, dropout_p)
-        return out[..., : problem.value_dim].contiguous(), lse
+        return _narrowed(out, problem.value_dim), lse
 
     def backward(
         self, problem, d_out, d_lse, q, k, v, rpb, key_mask, out, lse, seed, scale, dropout_p, d_q, d_k, d_v

@@ -181,6 +181,14 @@ def test_empty_problems():
         assert q.grad.shape == shape
 
 
+@pytest.mark.parametrize("kv_heads", [2, 1])
+def test_out_may_be_changed_in_place_however_often_its_problem_came_before(kv_heads):
+    """Autograd refuses that to a view that is one of several results."""
+    q, k = torch.randn(1, 8, 8, 2, 16, requires_grad=True), torch.randn(1, 8, 8, kv_heads, 16)
+    for kernel in ("cpu", "auto"):  # calls that look different, of one problem
+        natrain.na2d(q, k, k, 3, kernel=kernel).mul_(2)
+
+
 def test_no_attention_tensor_is_stored():
     """Forward and backward together raise the process's peak memory by far less than one [B, *S, N, K] tensor."""
     code = """
