@@ -190,9 +190,9 @@ class CpuKernel(FusedKernel):
     ):  # fmt: skip
         acc, part = accumulate_dtype(q.dtype), _equal(problem)
         d_rpb = None if rpb is None else torch.zeros(rpb.shape, dtype=acc)
+        q, k, v, d_out = (_widened(x, part.head_dim) for x in (q, k, v, d_out))
         if not q.numel():
             return d_rpb
-        q, k, v, d_out = (_widened(x, part.head_dim) for x in (q, k, v, d_out))
         if part is problem:
             rpb = None if rpb is None else rpb.to(acc).contiguous()
             tensors = (q, k, v, None, lse, d_out, d_lse, d_q, d_k, d_v)

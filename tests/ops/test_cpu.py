@@ -181,6 +181,17 @@ def test_empty_problems():
         assert q.grad.shape == shape
 
 
+def test_values_without_keys_get_a_gradient():
+    """With nothing to compare, every neighbour counts the same."""
+    q, v = torch.randn(1, 6, 1, 0), torch.randn(1, 6, 1, 4)
+    grads = []
+    for kernel in ("cpu", "reference"):
+        leaf = v.clone().requires_grad_()
+        natrain.na1d(q, q, leaf, 3, kernel=kernel).square().sum().backward()
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("kv_heads", [2, 1])
 def test_out_may_be_changed_in_place_however_often_its_problem_came_before(kv_heads):
     """Autograd refuses that to a view that is one of several results."""
