@@ -140,14 +140,16 @@ def _chunks(x: Tensor, window: Window) -> Iterator[tuple[slice, slice]]:
 def _run_chunks(x: Tensor, window: Window, compute: Callable[[slice, slice], tuple[Tensor, ...]]) -> list[Tensor]:
     """Run ``compute(images, rows)`` on every chunk and join its outputs; several chunks are checkpointed.
 
-    ``x`` [B, *S, N, D]: what is gathered, or as large.
+    ``x`` [B, *S, N, D]: what is gathered, or as large. Transforms of torch.func know no checkpoints: under them a
+    derivative keeps what every chunk gathered.
     """
     chunks = list(_chunks(x, window))
     if len(chunks) == 1:
         return list(compute(*chunks[0]))
     by_image: dict[tuple[int, int], list[tuple[Tensor, ...]]] = {}
+    is_recomputed = torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
     for images, rows in chunks:
-        if torch.is_grad_enabled():
+        if is_recomputed:
             outputs = checkpoint(compute, images, rows, use_reentrant=False, preserve_rng_state=False)
         else:
             outputs = compute(images, rows)

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import natrain
 from natrain.jit import host
-from natrain.ops import eager, functional, registry
+from natrain.ops import eager, functional, reference, registry
 from natrain.ops.registry import FusedKernel, Limits
 from tests.ops.test_operators import Fused, Loops, Whole
 
@@ -113,7 +113,9 @@ def test_fake_tensors_and_traces_see_the_operator(kernel):
         assert any("natrain.attention" in str(node.target) for node in traced.graph.nodes)
 
 
-def test_functional_transforms_see_what_the_reference_is_made_of():
+@pytest.mark.parametrize("budget", [reference.GATHER_BUDGET_BYTES, 512], ids=["whole", "in chunks"])
+def test_functional_transforms_see_what_the_reference_is_made_of(budget, monkeypatch):
+    monkeypatch.setattr(reference, "GATHER_BUDGET_BYTES", budget)
     inputs = _inputs()
 
     def loss(*tensors):
