@@ -106,14 +106,16 @@ def look(check: Callable, tensors: Sequence[Tensor], rpb: Any, key_mask: Any, op
             return None
         key.append(tuple(map(type, option)) if kind is tuple else kind)
     device = tensors[0].device.type
-    if device == "meta":  # has no autocast to ask; shapes come from the operator's fake
+    if device == "meta":  # shapes come from the operator's fake
         return None
     key += (is_recorded and torch.is_grad_enabled(), _autocast_dtype(device), options)
     return tuple(key)
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 class Call:

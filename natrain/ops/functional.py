@@ -245,7 +245,8 @@ na3d, na3d_qkvpacked, na3d_qk, na3d_av = (_FUNCTIONS[f"na3d{s}"] for s in ("", "
 def explain(problem: Problem | Tensor, *args: Any, **kwargs: Any) -> Explanation:
     """Which kernel ``kernel="auto"`` takes and why every other one is passed over; print the result.
 
-    Call it with a ``Problem``, or exactly as you call ``na1d``, ``na2d`` or ``na3d`` (rank is read off ``q``).
+    Call it with a ``Problem``, or exactly as you call ``na1d``, ``na2d`` or ``na3d`` (rank is read off ``q``),
+    under the same autocast and grad mode.
     """
     if isinstance(problem, Problem):
         return explain_problem(problem)
@@ -264,7 +265,8 @@ def _problem(
     key_mask=None,
     scale=None,
     dropout_p=0.0,
-    **_,
+    return_lse=False,
+    kernel="auto",
 ) -> Problem:
     if not isinstance(q, Tensor) or q.dim() - 3 not in AXES:
         value = tuple(q.shape) if isinstance(q, Tensor) else q
@@ -273,6 +275,5 @@ def _problem(
         check_heads_last(name, tensor, q.dim() - 3)
     check_kv(k, v, q)
     check_key_mask(key_mask, q)
-    run = _run_of(q, rpb, kernel_size, dilation, stride, is_causal, scale, dropout_p, "auto")
-    needs_grad = any(t is not None and t.requires_grad for t in (q, k, v, rpb))
-    return run.problem(q, k, v, rpb, key_mask, needs_grad=needs_grad)
+    run = _run_of(q, rpb, kernel_size, dilation, stride, is_causal, scale, dropout_p, kernel)
+    return eager.Call(run, (q, k, v), rpb, key_mask).problem

@@ -111,6 +111,17 @@ def test_explain_prints_the_choice_and_every_reason(kernels):
         natrain.explain(torch.randn(3), None, None, 3)
 
 
+def test_explain_takes_what_a_call_takes_and_sees_what_it_sees():
+    q = torch.randn(1, 8, 8, 2, 32, requires_grad=True)
+    assert natrain.explain(q, q, q, 3).problem.needs_grad
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        problem = natrain.explain(q, q, q, 3, 2, 1, False, None, None, None, 0.1, True, "reference").problem
+    assert problem.dtype == torch.bfloat16 and problem.has_dropout and not problem.needs_grad
+    assert natrain.explain(*[q.to("meta")] * 3, 3).problem.device == "meta"
+    with pytest.raises(TypeError, match="dilatoin"):
+        natrain.explain(q, q, q, 3, dilatoin=2)
+
+
 def test_problem_is_hashable_and_prints_its_flags():
     assert len({_problem(), _problem(), _problem(has_rpb=True)}) == 2
     text = str(_problem(kv_heads=1, value_dim=8, has_key_mask=True))
