@@ -105,6 +105,8 @@ def look(check: Callable, tensors: Sequence[Tensor], rpb: Any, key_mask: Any, op
         if kind not in _OPTION_TYPES:
             return None
         key.append(tuple(map(type, option)) if kind is tuple else kind)
+    if tensors[0] is None:
+        return None
     device = tensors[0].device.type
     if device == "meta":  # shapes come from the operator's fake
         return None

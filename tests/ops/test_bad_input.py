@@ -16,6 +16,7 @@ Q = torch.randn(2, 8, 9, 2, 4)
     ("changes", "argument", "allowed", "fix"),
     [
         ({"q": torch.randn(2, 8, 2, 4)}, "q.shape=(2, 8, 2, 4)", "5 axes, [B, y, x, heads, head_dim]", "another rank"),
+        ({"q": None}, "q='NoneType'", "a torch.Tensor", "torch.as_tensor"),
         ({"q": [1.0]}, "q='list'", "a torch.Tensor", "torch.as_tensor"),
         ({"q": Q.int()}, "q.dtype=torch.int32", "a floating point dtype", "q.float()"),
         ({"k": Q.double()}, "k.dtype=torch.float64", "q's dtype, torch.float32", "k.to(q.dtype)"),
