@@ -91,14 +91,17 @@ def look(check: Callable, tensors: Sequence[Tensor], rpb: Any, key_mask: Any, op
     """
     key: list[Any] = [check, torch.are_deterministic_algorithms_enabled()]
     is_recorded = False
-    for x in (*tensors, rpb, key_mask):
-        if x is None:
-            key.append(None)
-        elif type(x) in _PLAIN_TYPES and not x.is_neg():  # negated when the dispatcher sees it
-            key += (x.shape, x.dtype, x.device)
-            is_recorded = is_recorded or x.requires_grad
-        else:
-            return None
+    try:
+        for x in (*tensors, rpb, key_mask):
+            if x is None:
+                key.append(None)
+            elif type(x) in _PLAIN_TYPES and not x.is_neg():  # negated when the dispatcher sees it
+                key += (x.shape, x.dtype, x.device)
+                is_recorded = is_recorded or x.requires_grad
+            else:
+                return None
+    except RuntimeError:  # a nested tensor has no shape; the check will say so
+        return None
     for option in options:
         # Types as well: 1, 1.0 and True are equal, and not all of them are allowed.
         kind = type(option)

@@ -199,9 +199,16 @@ def check_window(spatial: Sequence[int], kernel_size: Any, dilation: Any, stride
 
 
 def check_heads_last(name: str, tensor: Tensor, na_dim: int, extra: str = "") -> None:
-    """``tensor`` must be floating point and [B, *spatial, {extra}heads, head_dim]."""
+    """``tensor`` must be dense, floating point and [B, *spatial, {extra}heads, head_dim]."""
     if not isinstance(tensor, Tensor):
         raise invalid(name, type(tensor).__name__, "a torch.Tensor", f"{name}=torch.as_tensor(...)")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise invalid(
+            f"{name}.layout",
+            "nested" if tensor.is_nested else tensor.layout,
+            "a dense tensor",
+            f"{name}.to_dense(), or for images of several sizes torch.nested.to_padded_tensor and a key_mask",
+        )
     layout = f"[B, {', '.join(AXES[na_dim])}, {extra}heads, head_dim]"
     if tensor.dim() != na_dim + 3 + bool(extra):
         raise invalid(

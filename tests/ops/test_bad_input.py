@@ -12,12 +12,19 @@ import natrain
 Q = torch.randn(2, 8, 9, 2, 4)
 
 
+def _nested(layout: torch.layout) -> torch.Tensor:
+    return torch.nested.nested_tensor([Q[0], Q[1, :7]], layout=layout)
+
+
 @pytest.mark.parametrize(
     ("changes", "argument", "allowed", "fix"),
     [
         ({"q": torch.randn(2, 8, 2, 4)}, "q.shape=(2, 8, 2, 4)", "5 axes, [B, y, x, heads, head_dim]", "another rank"),
         ({"q": None}, "q='NoneType'", "a torch.Tensor", "torch.as_tensor"),
         ({"q": [1.0]}, "q='list'", "a torch.Tensor", "torch.as_tensor"),
+        ({"k": Q[:1].to_sparse()}, "k.layout=torch.sparse_coo", "a dense tensor", "k.to_dense()"),
+        ({"q": _nested(torch.strided)}, "q.layout='nested'", "a dense tensor", "to_padded_tensor and a key_mask"),
+        ({"v": _nested(torch.jagged)}, "v.layout='nested'", "a dense tensor", "to_padded_tensor and a key_mask"),
         ({"q": Q.int()}, "q.dtype=torch.int32", "a floating point dtype", "q.float()"),
         ({"k": Q.double()}, "k.dtype=torch.float64", "q's dtype, torch.float32", "k.to(q.dtype)"),
         ({"v": Q.half()}, "v.dtype=torch.float16", "q's dtype", "v.to(q.dtype)"),
