@@ -1,8 +1,8 @@
 """The oracle: neighborhood attention in plain PyTorch, any device and dtype, differentiated by torch itself.
 
 Keys and values are gathered, never masked densely, so that a NaN or inf reaches only queries whose window holds it.
-16-bit inputs are computed in float32. Shapes: B batch, S spatial axes, N heads, D head_dim, K neighbours; k and v have
-KV heads, one for each N // KV of q's, and v a head_dim Dv of its own.
+Inputs narrower than float32 are computed in it. Shapes: B batch, S spatial axes, N heads, D head_dim, K neighbours; k
+and v have KV heads, one for each N // KV of q's, and v a head_dim Dv of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _QUERY_AXES, _SLOT_AXES = "xyz", "ijk"
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of scores, softmax and lse for inputs of ``dtype``."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def axis_windows(q: Tensor, window: Window) -> list[AxisWindow]:

@@ -176,6 +176,13 @@ def test_16_bit_inputs_are_accumulated_in_float32(dtype):
     torch.testing.assert_close(lse.double(), truth_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_8_bit_inputs_are_accumulated_in_float32():
+    q, k, v = (torch.randn(1, 9, 2, 8).to(torch.float8_e4m3fn) for _ in range(3))
+    out, lse = natrain.na1d(q, k, v, 3, return_lse=True)
+    expected, expected_lse = natrain.na1d(*(x.float() for x in (q, k, v)), 3, return_lse=True, **REFERENCE)
+    assert torch.equal(out.float(), expected.to(out.dtype).float()) and torch.equal(lse, expected_lse)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_non_finite_tokens_reach_only_the_queries_that_hold_them(poison):
     q, k, v = (torch.randn(1, 12, 1, 4, dtype=torch.float64) for _ in range(3))
