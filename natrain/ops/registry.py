@@ -14,10 +14,11 @@ A package outside natrain adds one through the entry point group ``natrain.kerne
 from __future__ import annotations
 
 import logging
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 import torch
 from torch import Tensor
@@ -251,17 +252,36 @@ _KERNELS: dict[str, Kernel] = {}
 def register(kernel: Kernel) -> Kernel:
     """Add a kernel; its name must be new."""
     if kernel.name in _KERNELS or kernel.name == "auto":
-        raise invalid("name", kernel.name, "a kernel name not in use", f"another name than {list_kernels()}")
+        raise invalid("name", kernel.name, "a kernel name not in use", f"another name than {sorted(_KERNELS)}")
     _KERNELS[kernel.name] = kernel
     _choose_cached.cache_clear()
     return kernel
 
 
-@lru_cache(maxsize=1)
+@cache
+def _pending() -> list[EntryPoint]:
+    """Kernels of other packages that are not loaded yet."""
+    return list(entry_points(group=ENTRY_POINT_GROUP))
+
+
+_loading = threading.RLock()
+
+
 def _load_entry_points() -> None:
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        kernel = entry.load()
-        register(kernel() if isinstance(kernel, type) else kernel)
+    pending = _pending()
+    with _loading:
+        while pending:
+            entry = pending.pop(0)  # first, since its module may ask for the kernels while it loads
+            try:
+                kernel = entry.load()
+                register(kernel() if isinstance(kernel, type) else kernel)
+            except Exception as error:
+                pending.insert(0, entry)
+                package = entry.dist.name if entry.dist else "its package"
+                raise RuntimeError(
+                    f'the kernel "{entry.name} = {entry.value}" of {package} cannot be loaded: {error}. '
+                    f"Try: update {package}, or pip uninstall it"
+                ) from error
 
 
 def kernels() -> list[Kernel]:

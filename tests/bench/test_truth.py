@@ -89,11 +89,11 @@ def test_a_kernel_of_another_package_with_a_wrong_bias_gradient_gets_no_time(mos
     monkeypatch.setattr(registry, "_KERNELS", dict(registry._KERNELS))
     monkeypatch.setattr(registry, "entry_points", lambda group: entries)
     monkeypatch.setattr(truth_module, "_BIAS_PAIRS", 49 * 200 * most)
-    registry._load_entry_points.cache_clear()
+    registry._pending.cache_clear()
     case = Case.of({"shape": "14x14", "heads": 2, "head_dim": 8, "kernel_size": 7, "rpb": True})
     arms = {find_arm(name): ("forward", "backward") for name in ("seventeen", "doubled", "close", "cpu", "sdpa")}
     found = {(o.arm, o.direction): o for o in run_case(case, arms, Setup("cpu", 3, cache="warm"))}
-    registry._load_entry_points.cache_clear()
+    registry._pending.cache_clear()
     failed = {key for key, outcome in found.items() if outcome.status == "failed"}
     assert failed == {("seventeen", "backward"), ("doubled", "backward")}
     assert found["doubled", "backward"].reason.startswith("wrong backward: relative error 1.00e+00")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
@@ -153,9 +154,30 @@ def test_a_user_package_adds_a_kernel_by_the_documented_steps(kernels, monkeypat
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[natrain.kernels]\nmean = theirs:Mean\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry._load_entry_points.cache_clear()
+    registry._pending.cache_clear()
     assert natrain.list_kernels()[-1] == "mean"
     q = torch.randn(1, 6, 6, 2, 4)
     torch.testing.assert_close(natrain.na2d(q, q, q, 3, kernel="mean"), q.mean((1, 2), keepdim=True).expand_as(q))
     with pytest.raises(ValueError, match="no gradients"):
         natrain.na2d(q.requires_grad_(), q, q, 3, kernel="mean")
+
+
+def test_a_foreign_kernel_that_cannot_be_loaded_is_named_in_every_call(kernels, monkeypatch, tmp_path):
+    (tmp_path / "broken.py").write_text(
+        "from natrain.ops.registry import Kernel, Limits\n"
+        "class Fine(Kernel):\n"
+        "    name, summary, priority, limits = 'fine', 'does nothing', 200, Limits()\n"
+        "class Same(Fine):\n"
+        "    name = 'cpu'\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for value, reason in (("broken:Same", "name='cpu' is not allowed.*'reference'"), ("nowhere:X", "No module named")):
+        registry._KERNELS.pop("fine", None)
+        entries = [EntryPoint("fine", "broken:Fine", registry.ENTRY_POINT_GROUP)]
+        entries.append(EntryPoint("bad", value, registry.ENTRY_POINT_GROUP))
+        monkeypatch.setattr(registry, "_pending", lambda entries=entries: entries)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f'"bad = {value}" of its package cannot be loaded: {reason}'):
+                natrain.list_kernels()
+    entries.clear()
+    assert natrain.list_kernels()[-1] == "fine"
