@@ -201,6 +201,27 @@ def test_refuses_a_folder_that_others_can_write_to(home, mode):
         cache.folder()
 
 
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for folder, reason in (("file", "File exists"), ("file/below", "Not a directory")):
+        monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / folder))
+        with pytest.raises(
+            ValueError, match=rf"^NATRAIN_CACHE='{tmp_path / folder}' .*\({reason}\).*Try: NATRAIN_CACHE=DIR"
+        ):
+            cache.folder()
+
+
+@needs_compiler
+def test_a_folder_that_cannot_be_written_is_named_and_still_read(home, tmp_path):
+    write_sources(tmp_path)
+    artifact = jit.build(make_spec(tmp_path))
+    shutil.rmtree(home / "locks")
+    (home / "locks").write_text("where a folder would have to be")
+    assert jit.build(make_spec(tmp_path)) == artifact
+    with pytest.raises(jit.BuildError, match=f"^answer is not compiled yet, .* into {home}: .*Try: NATRAIN_CACHE=DIR"):
+        jit.build(make_spec(tmp_path, value=1))
+
+
 def test_creates_its_folder_for_its_owner_alone(home, monkeypatch):
     previous = os.umask(0)
     try:

@@ -125,8 +125,8 @@ def build(spec: BuildSpec) -> Path:
 
     Raises:
         BuildError: there is no compiler, or it failed. The same error again without another try in this process, and
-            in processes that waited for this one.
-        ValueError: the cache folder is not safe to load code from.
+            in processes that waited for this one. Or the cache folder cannot be written.
+        ValueError: the cache folder cannot be created, or is not safe to load code from.
     """
     entry = _entry(spec)
     artifact = entry / spec.toolchain.artifact
@@ -134,17 +134,24 @@ def build(spec: BuildSpec) -> Path:
         return artifact
     if entry in _failures:
         raise _failures[entry]
-    asked_at_s = time.time()
+    try:
+        _build_once(spec, entry, asked_at_s=time.time())
+    except BuildError as error:
+        _failures[entry] = error
+        raise
+    except OSError as error:
+        raise BuildError(
+            f"{spec.name} is not compiled yet, and cannot be compiled into {entry.parent}: {error}. "
+            "Try: NATRAIN_CACHE=DIR of a folder that can be written and has room"
+        ) from None
+    return artifact
+
+
+def _build_once(spec: BuildSpec, entry: Path, asked_at_s: float) -> None:
     with cache.locked(entry):
-        if cache.is_complete(entry):
-            return artifact
-        try:
+        if not cache.is_complete(entry):
             _raise_if_failed_since(entry, asked_at_s)
             _compile(spec, entry)
-        except BuildError as error:
-            _failures[entry] = error
-            raise
-    return artifact
 
 
 def _raise_if_failed_since(entry: Path, asked_at_s: float) -> None:
