@@ -189,8 +189,41 @@ def test_processes_that_wait_for_a_failing_build_fail_with_it(home, tmp_path, mo
 def test_without_a_compiler_the_error_says_what_to_install(home, tmp_path, monkeypatch):
     write_sources(tmp_path / "src")
     monkeypatch.setenv("NATRAIN_CXX", "/no/such/compiler")
-    with pytest.raises(jit.BuildError, match=r"no C\+\+ compiler found .* Try: install a C\+\+ compiler"):
+    asked = "NATRAIN_CXX='/no/such/compiler' is no program"
+    with pytest.raises(jit.BuildError, match=rf"{asked}\. Try: install a C\+\+ compiler"):
         jit.build(make_spec(tmp_path / "src"))
+    monkeypatch.delenv("NATRAIN_CXX")
+    assert host.why_no_compiler() == "no C++ compiler (g++, clang++, c++ on PATH)"
+
+
+@needs_compiler
+def test_a_compiler_named_by_a_relative_path_builds(home, tmp_path, monkeypatch):
+    write_sources(tmp_path)
+    (tmp_path / "own").symlink_to(COMPILER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NATRAIN_CXX", "./own")
+    assert jit.build(make_spec(tmp_path)).is_file()
+
+
+@needs_compiler
+def test_what_was_cut_off_after_it_was_built_is_named_with_the_remedy(home, tmp_path):
+    write_sources(tmp_path)
+    spec = make_spec(tmp_path)
+    jit.build(spec).write_bytes(b"")
+    with pytest.raises(jit.BuildError, match="answer is compiled but .*kernel.so.* Try: natrain kernels clear answer"):
+        host.load(spec)
+    assert cache.clear([spec.name]) == 1
+    assert host.load(spec).answer() == 42
+
+
+def test_the_openmp_runtime_is_found_under_a_path_with_spaces():
+    library = "/home/me/two words/torch/lib/libgomp.so.1"
+    lines = (
+        f"7f00-7f01 r-xp 0 08:01 42    {library}",
+        "7f02-7f03 rw-p 0 00:00 0",
+        "7f04-7f05 r--p 0 08:01 7 /b (deleted)",
+    )
+    assert host._mapped_files("\n".join(lines)) == {library}
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775, 0o702])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import shutil
 import subprocess
@@ -42,13 +43,20 @@ def cpu_level() -> str:
 
 
 def find_compiler() -> str | None:
-    """Path of the C++ compiler, or None."""
+    """Absolute path of the C++ compiler, or None."""
     return _which((env.read("NATRAIN_CXX"),) if env.read("NATRAIN_CXX") else COMPILERS)
 
 
 @functools.lru_cache
 def _which(names: tuple[str, ...]) -> str | None:
-    return next(filter(None, map(shutil.which, names)), None)
+    found = next(filter(None, map(shutil.which, names)), None)
+    return found and os.path.abspath(found)  # it runs in the folder of a build
+
+
+def why_no_compiler() -> str:
+    """What ``find_compiler`` looked for in vain, in words."""
+    asked = env.read("NATRAIN_CXX")
+    return f"NATRAIN_CXX={asked!r} is no program" if asked else f"no C++ compiler ({', '.join(COMPILERS)} on PATH)"
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class HostToolchain:
     def identity(self) -> str:
         compiler = find_compiler()
         if compiler is None:
-            raise BuildError(f"no C++ compiler found ({', '.join(COMPILERS)} on PATH). Try: {REMEDY}")
+            raise BuildError(f"{why_no_compiler()}. Try: {REMEDY}")
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
         return f"{compiler}: {version}"
 
@@ -90,17 +98,33 @@ class HostToolchain:
 
 
 def load(spec: BuildSpec) -> ctypes.CDLL:
-    """Build if need be, and load into this process."""
+    """Build if need be, and load into this process.
+
+    Raises:
+        BuildError: it cannot be built, or what was built cannot be loaded (cut off, or made for another system).
+    """
     artifact = build(spec)
     _share_openmp()
-    return ctypes.CDLL(str(artifact))
+    try:
+        return ctypes.CDLL(str(artifact))
+    except OSError as error:
+        raise BuildError(
+            f"{spec.name} is compiled but cannot be loaded: {error}. Try: natrain kernels clear {spec.name}, "
+            "or a NATRAIN_CACHE of its own for this machine"
+        ) from None
 
 
 @functools.lru_cache(maxsize=1)
 def _share_openmp() -> None:
     """Let libraries loaded from now on find the OpenMP runtime that torch runs on."""
     maps = Path("/proc/self/maps")
-    mapped = {line.split()[-1] for line in maps.read_text().splitlines() if "/" in line} if maps.is_file() else set()
+    mapped = _mapped_files(maps.read_text()) if maps.is_file() else set()
     loaded = sorted(path for path in mapped if "libgomp" in path or "libiomp5" in path)
     torchs = [path for path in loaded if "/torch/" in path] or loaded or ["libgomp.so.1"]
     ctypes.CDLL(torchs[0], mode=ctypes.RTLD_GLOBAL)
+
+
+def _mapped_files(maps: str) -> set[str]:
+    """What is mapped, from the text of /proc/self/maps: lines of five columns, then a path, which may hold spaces."""
+    lines = [line.split(maxsplit=5) for line in maps.splitlines()]
+    return {line[5] for line in lines if len(line) == 6 and not line[5].endswith(" (deleted)")}

@@ -64,7 +64,7 @@ def _reasons(real: torch.dtype) -> tuple[str, ...]:
             return ()
     except ValueError:  # no cache that can be used, hence nothing compiled before
         pass
-    reason = f"no C++ compiler, and nothing compiled before: {host.REMEDY}"
+    reason = f"{host.why_no_compiler()}, and nothing compiled before: {host.REMEDY}"
     logger.warning("the fast cpu kernel is not available: %s", reason)
     return (reason,)
 

@@ -255,7 +255,7 @@ def test_auto_prefers_it_and_falls_back_with_one_sentence(monkeypatch, caplog, t
     cpu._reasons.cache_clear()
     assert explanation.chosen == "reference"
     assert [r for r in caplog.messages if "install a C++ compiler" in r] == [caplog.messages[0]]
-    assert "install a C++ compiler" in " ".join(explanation.reasons["cpu"])
+    assert "NATRAIN_CXX='/no/such/compiler' is no program" in " ".join(explanation.reasons["cpu"])
 
 
 def compile_driver(program, compiler: str, flags: Sequence[str], real: str) -> subprocess.CompletedProcess:
