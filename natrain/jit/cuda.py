@@ -27,6 +27,7 @@ from natrain.jit.driver import CudaKernel, driver_version, load_kernel
 MIN_CAPABILITY = (7, 5)  # CUDA 13 compiles for nothing older
 MIN_DRIVER = 12000  # the first whose API loads a library for all contexts at once
 REMEDY = "pip install nvidia-cuda-nvrtc (torch's CUDA wheels bring it), or CUDA_HOME=DIR of a CUDA toolkit"
+OTHER_COMPILER = "NATRAIN_NVCC=nvrtc (the compiler of torch's CUDA wheels), or NATRAIN_NVCC=PATH of another nvcc"
 _FLAGS = ("-std=c++17",)
 
 
@@ -34,12 +35,13 @@ _FLAGS = ("-std=c++17",)
 def find_nvcc() -> Path | None:
     """nvcc of NATRAIN_NVCC, CUDA_HOME, PATH or pip's packages; None without any, or if NATRAIN_NVCC is "nvrtc"."""
     if asked := env.read("NATRAIN_NVCC"):
-        return None if asked == "nvrtc" else Path(asked)
+        # Absolute, since it runs in the folder of a build.
+        return None if asked == "nvrtc" else Path(shutil.which(asked) or asked).absolute()
     home = os.environ.get("CUDA_HOME")
     if home and (Path(home) / "bin" / "nvcc").is_file():
         return Path(home) / "bin" / "nvcc"
     if found := shutil.which("nvcc"):
-        return Path(found)
+        return Path(found).absolute()
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
     found = [path for root in roots for path in Path(root).glob("cu1[3-9]/bin/nvcc")]
@@ -72,7 +74,7 @@ class CudaToolchain:
     arch: str
     name: str = "CUDA"
     artifact: str = "kernel.cubin"
-    remedy: str = REMEDY
+    remedy: str = OTHER_COMPILER
 
     def target(self) -> str:
         return self.arch
@@ -105,7 +107,7 @@ def _nvcc_version(nvcc: Path) -> str:
     try:
         return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout.split("\n")[-2]
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
-        raise BuildError(f"{nvcc} does not run ({error}). Try: {REMEDY}") from None
+        raise BuildError(f"{nvcc} does not run ({error}). Try: {OTHER_COMPILER}") from None
 
 
 def kernel_spec(source: str, name: str, defines: Mapping[str, object], arch: str) -> BuildSpec:

@@ -179,7 +179,8 @@ def load_library(cubin: Path) -> ctypes.c_void_p:
     image = cubin.read_bytes()
     _check(
         _cuda().cuLibraryLoadData(ctypes.byref(library), image, None, None, 0, None, None, 0),
-        f"loading {cubin} (if its compiler is newer than the driver, try NATRAIN_NVCC=nvrtc)",
+        f"loading {cubin} (try natrain kernels clear, and where its compiler is newer than the driver "
+        "NATRAIN_NVCC=nvrtc from then on)",
     )
     return library
 

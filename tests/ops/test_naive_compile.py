@@ -72,6 +72,26 @@ def test_a_kernel_that_cannot_compile_says_what_to_type(compiler):
         build(naive_specs.kernel_spec("av", defines, "sm_90a"))
 
 
+def test_an_nvcc_that_knows_no_such_device_is_answered_with_the_setting_that_passes_it_over(tmp_path, monkeypatch):
+    """NVRTC is at hand, but nvcc, found first, is the older one; named by a relative path."""
+    from natrain.jit import BuildError
+
+    (tmp_path / "nvcc").write_text(
+        "#!/bin/sh\n[ $1 = --version ] && echo 'release 11.5' && exit\n"
+        "echo \"nvcc fatal: Unsupported gpu architecture 'compute_90a'\"; exit 1\n"
+    )
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NATRAIN_NVCC", "./nvcc")
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / "cache"))
+    cuda.find_nvcc.cache_clear()
+    try:
+        with pytest.raises(BuildError, match="(?s)release 11.5.*Unsupported gpu.*Try: NATRAIN_NVCC=nvrtc"):
+            build(naive_specs.kernel_spec("softmax", naive_specs.row_defines(torch.float16, 9, 16)[0], "sm_90a"))
+    finally:
+        cuda.find_nvcc.cache_clear()
+
+
 def test_reasons_against_a_device(monkeypatch):
     monkeypatch.setattr(cuda, "driver_version", lambda: 11080)
     assert "driver for CUDA 11 (needs 12 or newer)" in cuda.reasons_against((9, 0))
