@@ -23,8 +23,10 @@ import torch
 
 from natrain.ops.fused_tiles import Classes, Rows, Space, row_pitch
 
-# Shared memory of a multiprocessor, and the most a block may have, by compute capability.
-_SHARED = {(8, 0): (164, 163), (8, 6): (100, 99), (8, 7): (164, 163), (8, 9): (100, 99), (12, 0): (100, 99)}
+# Shared memory of a multiprocessor, and the most a block may have, in KiB by compute capability (CUDA C++ Programming
+# Guide, technical specifications).
+_LARGE, _SMALL = (164, 163), (100, 99)
+_SHARED = {(8, 0): _LARGE, (8, 6): _SMALL, (8, 7): _LARGE, (8, 9): _SMALL, (12, 0): _SMALL, (12, 1): _SMALL}
 _SHARED_NEWER = (228, 227)
 STAGED_BIAS_BYTES = 16 * 1024  # the most of a bias that is held in shared memory
 

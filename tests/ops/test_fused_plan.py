@@ -105,6 +105,12 @@ def test_classes_are_as_many_as_any_block_has(space):
         assert plan.classes.x <= plan.warps[2]
 
 
+def test_devices_of_one_family_have_the_shared_memory_of_the_family():
+    """CUDA C++ Programming Guide: 99 KiB a block on 8.6, 8.9 and 12.x, a plan for more is refused by the driver."""
+    for capability in ((8, 6), (8, 9), (12, 0), (12, 1)):
+        assert shared_capacity(capability) == (100 * 1024, 99 * 1024)
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_head_dim_has_a_plan_that_fits(capability, dtype):
