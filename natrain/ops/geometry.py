@@ -28,11 +28,11 @@ _Function = TypeVar("_Function", bound=Callable)
 
 def under_no_mode(plan: _Function) -> _Function:
     """Decorates functions that reckon with small tensors: torch.compile traces under a mode of tensors without values,
-    which nobody could read a plan from, and which must not stay in a cache."""
+    which nobody could read a plan from, and which must not stay in a cache; nor must those of a default device."""
 
     @functools.wraps(plan)
     def wrapped(*args, **kwargs):
-        with _disable_current_modes():
+        with _disable_current_modes(), torch._C.DisableTorchFunction():
             return plan(*args, **kwargs)
 
     return wrapped

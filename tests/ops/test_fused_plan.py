@@ -178,8 +178,8 @@ def test_a_measured_plan_is_a_legal_one_and_taken(layer, has_rpb):
         assert plan in measured(kernel, space, layer.head_dim, plans), kernel
 
 
-def test_plans_are_the_same_while_torch_traces():
-    """Under fake tensors, which have no values; and what is cached then serves real calls."""
+def test_plans_are_the_same_while_torch_traces_and_under_a_default_device():
+    """Under tensors that have no values; and what is cached then serves real calls."""
     layer = LAYERS[3]
     problem = replace(layer.case(torch.bfloat16, True).problem("cuda", (9, 0)), batch=3)
     space = replace(SPACES[1], batch=5)
@@ -189,9 +189,11 @@ def test_plans_are_the_same_while_torch_traces():
         lambda: choose_gradient_plan(SPACES[5], demands_of_qkv(problem), Device()),
     ]
     outside = [call() for call in calls]
-    for function in (choose_plan, choose_gradient_plan, fused_tiles.columns_of_rows, fused_tiles.box_extent):
-        function.cache_clear()
-    with FakeTensorMode():
-        assert [call() for call in calls] == outside
-    for rows in ("queries", "keys", "both"):
-        assert not isinstance(fused_tiles.columns_of_rows(space.axes[1], 29, rows)[0], FakeTensor)
+    for mode in (FakeTensorMode(), torch.device("meta")):
+        for function in (choose_plan, choose_gradient_plan, fused_tiles.columns_of_rows, fused_tiles.box_extent):
+            function.cache_clear()
+        with mode:
+            assert [call() for call in calls] == outside
+        for rows in ("queries", "keys", "both"):
+            first = fused_tiles.columns_of_rows(space.axes[1], 29, rows)[0]
+            assert not isinstance(first, FakeTensor) and not first.is_meta
