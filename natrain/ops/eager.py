@@ -26,6 +26,7 @@ from torch.autograd import forward_ad
 
 from natrain.ops import attention
 from natrain.ops.dropout import draw_seed
+from natrain.ops.problem import autocast_dtype
 from natrain.ops.registry import FusedKernel, UnfusedAttentionKernel, choose
 from natrain.ops.run import Run, needs_grad
 
@@ -113,14 +114,8 @@ def look(check: Callable, tensors: Sequence[Tensor], rpb: Any, key_mask: Any, op
     device = tensors[0].device.type
     if device == "meta":  # shapes come from the operator's fake
         return None
-    key += (is_recorded and torch.is_grad_enabled(), _autocast_dtype(device), options)
+    key += (is_recorded and torch.is_grad_enabled(), autocast_dtype(device), options)
     return tuple(key)
-
-
-def _autocast_dtype(device: str) -> torch.dtype | None:
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 class Call:
@@ -131,7 +126,7 @@ class Call:
     def __init__(self, run: Run, tensors: Sequence[Tensor], rpb: Tensor | None, key_mask: Tensor | None) -> None:
         self.run = run
         is_cast = tensors[0].dtype != torch.float64
-        self.autocast = _autocast_dtype(tensors[0].device.type) if is_cast else None
+        self.autocast = autocast_dtype(tensors[0].device.type) if is_cast else None
         self.is_recorded = needs_grad(*tensors, rpb)
         tensors = attention.unpacked(self._cast(tensors))
         self.problem = run.problem(*tensors, rpb, key_mask, needs_grad=self.is_recorded)

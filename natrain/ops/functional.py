@@ -189,8 +189,9 @@ def _make(na_dim: int) -> dict[str, Callable]:
         attention: f"""Neighborhood attention of rank {na_dim}: every query attends to its nearest keys.
 
     Args:
-        q, k, v: [B, {axes}, heads, head_dim], one floating dtype, one device, any strides. k and v may have fewer
-            heads, a divisor of q's (query head n uses head n // (heads // kv_heads)), and v a head_dim of its own."""
+        q, k, v: [B, {axes}, heads, head_dim], one floating dtype (any under autocast), one device, any strides. k
+            and v may have fewer heads, a divisor of q's (query head n uses head n // (heads // kv_heads)), and v a
+            head_dim of its own."""
         + _ATTENTION.format(**text),
         attention_qkvpacked: f"""``na{na_dim}d`` on the packed output of a qkv projection, with one packed gradient.
 
@@ -216,8 +217,8 @@ def _make(na_dim: int) -> dict[str, Callable]:
         av: f"""Weighted sum of rank {na_dim}: probs times the values of every query's neighbours.
 
     Args:
-        probs: [B, {axes}, heads, K] in v's dtype, in the order of ``na{na_dim}d_qk``; slots that a causal query lacks
-            are ignored.
+        probs: [B, {axes}, heads, K] in v's dtype (any under autocast), in the order of ``na{na_dim}d_qk``; slots that a
+            causal query lacks are ignored.
         v: [B, {axes}, heads, head_dim]."""
         + _ARGUMENTS.format(**text)
         + f"""        {_KERNEL}

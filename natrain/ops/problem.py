@@ -221,9 +221,21 @@ def check_heads_last(name: str, tensor: Tensor, na_dim: int, extra: str = "") ->
         raise invalid(f"{name}.dtype", tensor.dtype, "a floating point dtype", f"{name}.float()")
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast casts to on devices of that type; None where it is off."""
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has none to ask
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _are_cast_alike(x: Tensor, y: Tensor) -> bool:
+    is_narrow = x.is_floating_point() and torch.float64 not in (x.dtype, y.dtype)  # all that autocast casts
+    return is_narrow and autocast_dtype(y.device.type) is not None
+
+
 def check_same(name: str, tensor: Tensor, q: Tensor, shape: Sequence[int] | None = None) -> None:
-    """``tensor`` must share the dtype and device of ``q`` and have ``shape`` (default: q's)."""
-    if tensor.dtype != q.dtype:
+    """``tensor`` must share the dtype (as autocast casts it) and device of ``q`` and have ``shape`` (default: q's)."""
+    if tensor.dtype != q.dtype and not _are_cast_alike(tensor, q):
         raise invalid(f"{name}.dtype", tensor.dtype, f"q's dtype, {q.dtype}", f"{name}.to(q.dtype)")
     if tensor.device != q.device:
         raise invalid(f"{name}.device", str(tensor.device), f"q's device, {q.device}", f"{name}.to(q.device)")

@@ -166,6 +166,22 @@ def test_autocast_casts_in_both_ways(kernel):
         assert _attend(*_inputs(torch.float64), kernel=kernel)[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("way", [contextlib.nullcontext, Functions], ids=["short", "operator"])
+def test_autocast_casts_inputs_of_several_dtypes(way):
+    """Norms and softmax leave float32 where a projection leaves 16 bits."""
+    q, k, v, _ = (t.detach() for t in _inputs(torch.float32))
+    mixed = q.requires_grad_(), k.bfloat16(), v.half()
+    with way(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = natrain.na2d(*mixed, 3)
+        scores = natrain.na2d_qk(k, k.bfloat16(), 3)
+        summed = natrain.na2d_av(scores.float().softmax(-1), v.bfloat16(), 3)
+        with pytest.raises(ValueError, match="k.dtype=torch.float64 is not allowed"):
+            natrain.na2d(q, k.double(), v, 3)
+    assert torch.equal(out, natrain.na2d(*(x.bfloat16() for x in mixed), 3)) and summed.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert q.grad.dtype == torch.float32
+
+
 def test_what_was_checked_once_is_not_checked_again(monkeypatch):
     inputs = _inputs()
     unseen = {"scale": 0.7071, "kernel": "fused_test"}
