@@ -82,6 +82,10 @@ class Problem:
             object.__setattr__(self, "_hash", hash(tuple(getattr(self, f.name) for f in fields(self))))
             return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Hashes of strings and dtypes are those of one process.
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @property
     def is_grouped(self) -> bool:
         """Whether several heads of q share one of k and v."""

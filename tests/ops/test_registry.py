@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
+import pickle
+import subprocess
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -128,6 +132,14 @@ def test_problem_is_hashable_and_prints_its_flags():
     text = str(_problem(kv_heads=1, value_dim=8, has_key_mask=True))
     assert "heads 2, head_dim 32; kv_heads 1; value_dim 8; " in text and text.endswith("float32 on cpu has_key_mask")
     assert str(_problem(has_rpb=True, device="cuda", capability=(9, 0))).endswith("float32 on cuda sm_90 has_rpb")
+
+
+def test_problems_of_another_process_are_found_by_their_hash():
+    sent = "import pickle, sys; from tests.ops.test_registry import _problem; problem = _problem(); hash(problem); "
+    sent += "sys.stdout.buffer.write(pickle.dumps(problem))"
+    environment = {**os.environ, "PYTHONHASHSEED": "1"}
+    result = subprocess.run([sys.executable, "-c", sent], capture_output=True, check=True, env=environment)
+    assert pickle.loads(result.stdout) in {_problem()}
 
 
 def test_a_name_in_use_cannot_be_registered(kernels):
