@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from natrain.ops.problem import Problem, Window, problem_of
-from natrain.ops.registry import kernels
+from natrain.ops.registry import Kernel, get_kernel, kernels
 
 # The operators by name; natrain/ops/library.py defines them.
 ops = torch.ops.natrain
@@ -58,6 +58,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def refuse(kernel: str, what: str, capability: str) -> NotImplementedError:
-    """The error of a kernel that lacks a derivative; names the kernels whose limits have it."""
-    able = " or ".join(f'kernel="{k.name}"' for k in kernels() if getattr(k.limits, capability))
-    return NotImplementedError(f'kernel="{kernel}" has no {what}. Try: {able}')
+    """The error of a kernel that lacks a derivative; names the kernels of its devices whose limits have it."""
+    devices = get_kernel(kernel).limits.devices
+
+    def serves(other: Kernel) -> bool:
+        return devices is None or other.limits.devices is None or bool(devices & other.limits.devices)
+
+    able = [f'kernel="{k.name}"' for k in kernels() if getattr(k.limits, capability) and serves(k)]
+    return NotImplementedError(f'kernel="{kernel}" has no {what}. Try: {" or ".join(able)}')

@@ -97,6 +97,13 @@ def test_fewer_heads_of_k_and_v_and_another_value_dim(case):
             assert relative_error(got, expected) <= tolerance, (name, dtype)
 
 
+def test_a_derivative_it_lacks_is_refused_with_a_kernel_of_processors():
+    q = torch.randn(1, 9, 2, 8, requires_grad=True)
+    (grad,) = torch.autograd.grad(natrain.na1d(q, q, q, 3, kernel="cpu").square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match='kernel="cpu" has no double backward. Try: kernel="reference"$'):
+        grad.sum().backward()
+
+
 def test_what_it_lacks_is_refused_with_the_reason():
     q, k = torch.randn(1, 9, 4, 8), torch.randn(1, 9, 2, 8)
     with pytest.raises(ValueError, match="no dropout_p where k and v have fewer heads"):
