@@ -29,7 +29,8 @@ def merge_attentions(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Te
         it), in which all is summed. Where every part is empty, out is 0 and lse -inf.
 
     Raises:
-        ValueError: no part, not as many of each, or parts that disagree in shape, dtype or device.
+        ValueError: no part, not as many of each, something that is no floating point tensor, or parts that disagree in
+            shape, dtype or device.
 
     Source: FlashDecoding's merge of partial results; the identity is in Online normalizer calculation for softmax
     (arXiv 1805.02867, section 3.1).
@@ -47,9 +48,15 @@ def merge_attentions(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Te
 
 
 def _check(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> None:
-    if not outs or len(outs) != len(lses):
+    if not len(outs) or len(outs) != len(lses):
         counts = (len(outs), len(lses))
         raise invalid("outs, lses", counts, "one or more outs and as many lses", "return_lse=True for every part")
+    for name, tensors in (("outs", outs), ("lses", lses)):
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise invalid(f"{name}[{index}]", type(tensor).__name__, "a torch.Tensor", "return_lse=True")
+            if not tensor.is_floating_point():
+                raise invalid(f"{name}[{index}].dtype", tensor.dtype, "a floating point dtype", ".float()")
     first = outs[0]
     for name, tensors, shape in (("outs", outs, first.shape), ("lses", lses, first.shape[:-1])):
         for index, tensor in enumerate(tensors):

@@ -103,6 +103,9 @@ T, L = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3)
         ([T, T[:1]], [L, L], r"outs\[1\].shape=\(1, 5, 3, 4\).*\(2, 5, 3, 4\)"),
         ([T, T], [L, T], r"lses\[1\].shape=\(2, 5, 3, 4\).*\(2, 5, 3\)"),
         ([T, T.double()], [L, L], r"outs\[1\].dtype=torch.float64.*torch.float32"),
+        ([T, None], [L, L], r"outs\[1\]='NoneType'.*a torch.Tensor"),
+        ([T.int()], [L], r"outs\[0\].dtype=torch.int32.*floating point"),
+        (torch.stack([T, T]), torch.stack([L]), r"outs, lses=\(2, 1\).*as many lses"),
         ([T, T.to("meta")], [L, L], r"outs\[1\].device='meta'.*cpu"),
     ],
 )
