@@ -190,14 +190,18 @@ def check_window(spatial: Sequence[int], kernel_size: Any, dilation: Any, stride
                 "stride", stride, f"1 <= stride <= kernel_size ({k}) along axis {axis}", "stride=1 for standard windows"
             )
         if k * d > length:
-            fix = f"dilation={int(length) // k}" if k <= length else f"kernel_size={int(length)}, dilation=1"
+            if not length:  # holds no window at all
+                fix = "larger inputs"
+            else:
+                fits = f"dilation={int(length) // k}" if k <= length else f"kernel_size={int(length)}, dilation=1"
+                fix = f"{fits} on that axis, or larger inputs"
             what, value = ("dilation", dilation) if k <= length else ("kernel_size", kernel_size)
             raise invalid(
                 what,
                 value,
                 f"kernel_size * dilation <= {int(length)}, the length of axis {axis} "
                 f"(kernel_size {k} * dilation {d} = {k * d})",
-                f"{fix} on that axis, or larger inputs",
+                fix,
             )
     return window
 

@@ -88,6 +88,11 @@ def test_one_clear_error(changes, argument, allowed, fix):
     assert allowed in message and fix in message.split("Try: ")[1]
 
 
+def test_an_empty_axis_is_not_answered_with_an_empty_window():
+    with pytest.raises(ValueError, match=r"kernel_size=1 .*<= 0, the length of axis x.*Try: larger inputs$"):
+        natrain.na1d(*[torch.randn(1, 0, 2, 4)] * 3, 1)
+
+
 def test_packed_and_unfused_forms_check_too():
     with pytest.raises(ValueError, match=r"qkv.shape=\(2, 8, 9, 2, 2, 4\).*\[B, y, x, 3, heads, head_dim\]"):
         natrain.na2d_qkvpacked(torch.stack([Q, Q], dim=-3), 3)
