@@ -238,9 +238,7 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for folder, reason in (("file", "File exists"), ("file/below", "Not a directory")):
         monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / folder))
-        with pytest.raises(
-            ValueError, match=rf"^NATRAIN_CACHE='{tmp_path / folder}' .*\({reason}\).*Try: NATRAIN_CACHE=DIR"
-        ):
+        with pytest.raises(ValueError, match=f"^NATRAIN_CACHE='{tmp_path / folder}' .*{reason}.*Try: NATRAIN_CACHE="):
             cache.folder()
 
 

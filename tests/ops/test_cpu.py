@@ -263,6 +263,10 @@ def test_auto_prefers_it_and_falls_back_with_one_sentence(monkeypatch, caplog, t
     assert explanation.chosen == "reference"
     assert [r for r in caplog.messages if "install a C++ compiler" in r] == [caplog.messages[0]]
     assert "NATRAIN_CXX='/no/such/compiler' is no program" in " ".join(explanation.reasons["cpu"])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("NATRAIN_CACHE", str(tmp_path / "file"))
+    assert natrain.explain(q, q, q, kernel_size=3).chosen == "reference"
+    cpu._reasons.cache_clear()
 
 
 def compile_driver(program, compiler: str, flags: Sequence[str], real: str) -> subprocess.CompletedProcess:
