@@ -38,7 +38,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and string metadata as one safetensors file."""
-    tensors = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+    tensors, storages = {}, set()
+    for name, tensor in state.items():
+        tensors[name] = tensor.detach().contiguous()
+        # The format refuses tensors that share memory, as the heads of a detector may: each gets its own.
+        storage = tensors[name].untyped_storage().data_ptr()
+        if storage in storages:
+            tensors[name] = tensors[name].clone()
+        storages.add(storage)
     content = safetensors.torch.save(tensors, metadata={"format": "pt", **metadata})
     write_atomically(path, lambda file: file.write(content))
 

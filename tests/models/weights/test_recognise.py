@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 
 import natrain.models
-from natrain.models.weights import load_into, load_weights, save_weights
+from natrain.models.weights import export_weights, load_into, load_weights, save_weights
 from natrain.models.weights.describe import describe
 from natrain.models.weights.recognise import compare, named_in, recognise
 from natrain.training import load_for_inference
@@ -217,6 +217,18 @@ def test_averaged_weights_are_preferred_and_can_be_refused(tmp_path: Path) -> No
         load_weights(tmp_path / "raw.pth", weights="ema")
     with pytest.raises(ValueError, match="weights='mean'.*best, raw, ema"):
         load_weights(tmp_path / "raw.pth", weights="mean")
+
+
+def test_tensors_that_share_memory_are_kept_each_by_itself(tmp_path: Path) -> None:
+    """Detectors tie the heads of their decoders, and torch.save keeps the tie."""
+    tied = torch.arange(6.0)
+    torch.save({**small(), "decoder.0.bias": tied, "decoder.1.bias": tied, "decoder.all": tied[2:]}, tmp_path / "w.pth")
+    weights = load_weights(tmp_path / "w.pth")
+    save_weights(weights, tmp_path / "w.safetensors")
+    export_weights(weights, "timm", tmp_path / "folder")
+    for written in ("w.safetensors", "folder"):
+        beside = load_weights(tmp_path / written).beside
+        assert beside.keys() == weights.beside.keys() and all(torch.equal(beside[k], weights.beside[k]) for k in beside)
 
 
 def test_several_models_in_a_file_need_a_prefix(tmp_path: Path) -> None:
