@@ -16,6 +16,7 @@ from natrain.models.weights.files import read_json
 
 METADATA = "natrain"  # key of natrain's description in the metadata of a safetensors file
 INPUT = ("img_size", "in_chans", "mean", "std", "crop_pct", "interpolation")
+HF_TYPES = ("nat", "dinat")  # ``model_type`` in Hugging Face's ``config.json``
 PILLOW_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 ALIKE = 0.9  # share of labels that must be ImageNet's: spellings of a few differ between lists
 IMAGENETS = {1000: "imagenet-1k", 21841: "imagenet-22k"}
@@ -61,25 +62,40 @@ def describe(checkpoint: Mapping[str, Any], path: Path, source: str) -> Descript
     Raises:
         ValueError: a ``config.json`` or metadata that cannot be read.
     """
-    own = checkpoint.get("metadata", {}).get(METADATA)
-    if own is not None:
-        return _from_natrain(_parsed(own, path))
+    metadata = checkpoint.get("metadata")
+    if isinstance(metadata, Mapping) and isinstance(metadata.get(METADATA), str):
+        return _from_natrain(_parsed(metadata[METADATA], path))
     if is_own_run(checkpoint):
         return _from_natrain(checkpoint["hyper_parameters"])
-    folder = path if path.is_dir() else path.parent
-    config_path = folder / "config.json"
-    if config_path.is_file():
-        config = read_json(config_path, "checkpoint")
-        if config.get("model_type") in ("nat", "dinat"):
-            return _from_hf(config, folder)
-        if "architecture" in config:
-            return _from_timm_folder(config)
+    config = _config_of(path)
+    if config.get("model_type") in HF_TYPES:
+        return _from_hf(config, path if path.is_dir() else path.parent)
+    if "architecture" in config:
+        return _from_timm_folder(config)
     if "pytorch-lightning_version" in checkpoint:
         return Description(layout="lightning")
     if "arch" in checkpoint or isinstance(checkpoint.get("args"), Namespace):
         arch = checkpoint.get("arch") or getattr(checkpoint.get("args"), "model", None)
         return Description(model_name=arch if arch in list_models() else None, layout="timm")
     return _from_name(source)
+
+
+def _config_of(path: Path) -> dict[str, Any]:
+    """What ``config.json`` says of a folder, or of the file beside it; empty where there is none.
+
+    A name as common as that may be anything beside a file: there it counts only where it is of one of our models.
+    """
+    config_path = (path if path.is_dir() else path.parent) / "config.json"
+    if not config_path.is_file():
+        return {}
+    if path.is_dir():
+        return read_json(config_path, "checkpoint")
+    try:
+        config = read_json(config_path, "checkpoint")
+    except ValueError:
+        return {}
+    is_ours = config.get("model_type") in HF_TYPES or config.get("architecture") in list_models()
+    return config if is_ours else {}
 
 
 def _parsed(text: str, path: Path) -> dict[str, Any]:

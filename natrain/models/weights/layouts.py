@@ -70,7 +70,7 @@ def normalise(checkpoint: Mapping[str, Any], weights: str, prefix: str | None, p
         ValueError: no model of these families, several, or no averaged weights where they are asked for.
     """
     steps: list[str] = []
-    flat = _unwrap(checkpoint, weights, path, steps)
+    flat = {str(name): value for name, value in _unwrap(checkpoint, weights, path, steps).items()}
     outside = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     # torch.compile puts its name between any two others.
     state = {name.replace("_orig_mod.", ""): value for name, value in flat.items() if isinstance(value, Tensor)}
@@ -96,13 +96,16 @@ def _unwrap(checkpoint: Mapping[str, Any], weights: str, path: str, steps: list[
         raise invalid("weights", weights, f"one of {', '.join(WEIGHTS)}", "weights=best")
     if weights == "best":
         # natrain's files say which of their weights scored higher; elsewhere averaged weights are kept as the better.
-        weights = checkpoint.get("evaluation", {}).get("weights", "any")
+        evaluation = checkpoint.get("evaluation")
+        said = evaluation.get("weights") if isinstance(evaluation, Mapping) else None
+        weights = said if said in ("raw", "ema") else "any"
     has_average = False
     while True:
         keys = {"raw": WRAPPERS, "ema": AVERAGES, "any": AVERAGES + WRAPPERS}[weights]
         if has_average:
             keys = WRAPPERS
-        found = next((key for key in keys if isinstance(checkpoint.get(key), Mapping)), None)
+        # An empty one was never filled.
+        found = next((key for key in keys if isinstance(checkpoint.get(key), Mapping) and checkpoint[key]), None)
         if found is None:
             break
         has_average |= found in AVERAGES

@@ -219,6 +219,35 @@ def test_averaged_weights_are_preferred_and_can_be_refused(tmp_path: Path) -> No
         load_weights(tmp_path / "raw.pth", weights="mean")
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"evaluation": 0.8},
+        {"evaluation": {"weights": None}},
+        {"metadata": "by night"},
+        {"metadata": {"natrain": {}}},
+        {"model_ema": {}},
+        {7: torch.zeros(3)},
+    ],
+    ids=str,
+)
+def test_foreign_entries_under_our_names(beside: dict, tmp_path: Path) -> None:
+    state = {"state_dict": small(), **beside} if 7 not in beside else {**small(), **beside}
+    torch.save(state, tmp_path / "w.pth")
+    weights = load_weights(tmp_path / "w.pth")
+    assert weights.model_name == "nat_digits" and torch.equal(weights.state["norm.bias"], small()["norm.bias"])
+    assert list(weights.beside) == (["7"] if 7 in beside else [])
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "// settings", '{"architecture": "UNet"}', '{"architecture": ["conv"]}'])
+def test_somebody_elses_config_beside_a_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    torch.save(small(), tmp_path / "w.pth")
+    assert load_weights(tmp_path / "w.pth").layout == "official"
+    (tmp_path / "config.json").write_text('{"architecture": "nat_digits", "label_names": ["a"]}')
+    assert load_weights(tmp_path / "w.pth").layout == "timm"
+
+
 def test_tensors_that_share_memory_are_kept_each_by_itself(tmp_path: Path) -> None:
     """Detectors tie the heads of their decoders, and torch.save keeps the tie."""
     tied = torch.arange(6.0)
