@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     choices = [*TARGETS, *EXPORTS]
     if arguments.to not in choices:
-        raise invalid("--to", arguments.to, f"one of {', '.join(choices)}", f"--to {nearest(arguments.to, choices)}")
+        best = nearest(arguments.to, choices) or "onnx"
+        raise invalid("--to", arguments.to, f"one of {', '.join(choices)}", f"--to {best}")
     weights = load_weights(arguments.checkpoint, model=arguments.model, weights=arguments.weights)
     if arguments.to in TARGETS:
         difference = _export_program(weights, arguments)

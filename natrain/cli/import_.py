@@ -43,9 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _class_names(path: Path, count: int) -> list[str]:
-    if not path.is_file():
-        raise invalid("--classes", str(path), "a text file with one class name a line", f"ls {path.parent}")
-    names = path.read_text(encoding="utf-8").splitlines()
+    try:
+        names = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise invalid("--classes", str(path), "a text file with one class name a line", f"ls {path.parent}") from None
     if len(names) != count:
         raise invalid("--classes", str(path), f"{count} lines, one per class; it has {len(names)}", "another file")
     return names

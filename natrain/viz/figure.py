@@ -33,4 +33,4 @@ def save_figure(figure: Figure, path: Path) -> None:
 
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix.lstrip(".") or "png", dpi=120)
-    write_atomically(path, lambda file: file.write(content.getvalue()))
+    write_atomically(path, lambda file: file.write(content.getvalue()), "--out")

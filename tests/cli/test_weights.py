@@ -20,6 +20,7 @@ from natrain.models.published import SHIPPED
 from natrain.models.weights import load_weights
 from natrain.training import load_for_inference
 
+DIGITS = str(SHIPPED / "nat_digits.safetensors")
 CPU = ["trainer.accelerator=cpu", "trainer.progress_bar=false"]
 
 
@@ -145,3 +146,30 @@ def test_import_answers_mistakes(words, message, foreign: Path, tmp_path: Path, 
     assert main(["import", str(foreign), *words]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("x.*"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["import", DIGITS, "--out", "taken/w.safetensors"],
+        ["export", "--checkpoint", DIGITS, "--to", "official", "--out", "taken/w.pth"],
+        ["export", "--checkpoint", DIGITS, "--to", "timm", "--out", "taken"],
+        ["viz", "rpb", DIGITS, "--out", "taken/rpb.png"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_one_error(words: list[str], tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file, no folder")
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("natrain: error: --out='taken") and "a file that can be written" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_mistakes_of_import_and_export(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "w.safetensors"
+    assert main(["import", DIGITS, "--classes", DIGITS, "--out", str(out)]) == 2
+    assert "--classes='" in (said := capsys.readouterr().err) and "a text file with one class name a line" in said
+    assert main(["export", "--checkpoint", DIGITS, "--to", "zzz", "--out", str(out)]) == 2
+    assert "--to='zzz'" in (said := capsys.readouterr().err) and "Try: --to onnx" in said
+    assert not out.exists()

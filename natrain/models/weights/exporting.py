@@ -40,7 +40,7 @@ def _official(weights: Weights, out: Path) -> list[Path]:
     if out.suffix not in (".pth", ".pt"):
         raise invalid("--out", str(out), "a file that ends in .pth", f"--out {out.with_suffix('.pth')}")
     state = {**weights.state, **weights.beside}
-    write_atomically(out, lambda file: torch.save(state, file))
+    write_atomically(out, lambda file: torch.save(state, file), "--out")
     return [out]
 
 

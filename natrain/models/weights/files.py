@@ -22,22 +22,35 @@ INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin", *INDICES)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Call ``write(file)`` on a temporary file beside ``path``, flush it to disk, then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], argument: str | None = None) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path``, flush it to disk, then give it its name.
+
+    Args:
+        argument: the option that named ``path``, where one did.
+
+    Raises:
+        ValueError: ``argument`` names a file that cannot be written; without it, the OSError itself.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if argument is None:
+            raise
+        allowed = f"a file that can be written ({error.strerror or error})"
+        raise invalid(argument, str(path), allowed, f"{argument} in a folder of your own") from error
 
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and string metadata as one safetensors file."""
+    """Write tensors and string metadata as one safetensors file, the ``--out`` of a command."""
     tensors, storages = {}, set()
     for name, tensor in state.items():
         tensors[name] = tensor.detach().contiguous()
@@ -47,13 +60,13 @@ def write_safetensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping
             tensors[name] = tensors[name].clone()
         storages.add(storage)
     content = safetensors.torch.save(tensors, metadata={"format": "pt", **metadata})
-    write_atomically(path, lambda file: file.write(content))
+    write_atomically(path, lambda file: file.write(content), "--out")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a mapping as indented JSON."""
+    """Write a mapping as indented JSON into the ``--out`` of a command."""
     text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()), "--out")
 
 
 def read_json(path: Path, argument: str) -> dict[str, Any]:
