@@ -102,24 +102,27 @@ def _meta_model(words: list[str]) -> tuple[str, nn.Module, tuple[int, int]]:
     import timm
     import torch
     import yaml
-    from timm.layers import to_2tuple
 
     from natrain.models import list_models
     from natrain.models.registry import default_input
+    from natrain.models.spec import image_size
 
     settings: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals:
             raise invalid("setting", word, "key=value", "natrain viz windows model=dinat_tiny img_size=384")
-        settings[key.removeprefix("model.args.")] = yaml.safe_load(value)
+        try:
+            settings[key.removeprefix("model.args.")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise invalid(key, value, "a number, a word or a list", "img_size=[384,512]") from None
     name = settings.pop("model", None)
     if name is None or name.split(".")[0] not in list_models():
         best = nearest(str(name), list_models()) or "dinat_tiny"
         raise invalid("model", name, "a model of natrain (`natrain models` lists them)", f"model={best}")
-    size = to_2tuple(settings.pop("img_size", tuple(default_input(name)["img_size"])))
+    size = image_size(settings.pop("img_size", default_input(name)["img_size"]))
     with torch.device("meta"):
-        return name, timm.create_model(name, img_size=tuple(size), **settings), tuple(size)
+        return name, timm.create_model(name, img_size=size, **settings), size
 
 
 def _query(text: str | None, size: tuple[int, int]) -> tuple[int, int]:

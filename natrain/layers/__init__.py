@@ -5,6 +5,7 @@ from natrain.layers.attention import (
     NeighborhoodAttention1d,
     NeighborhoodAttention2d,
     NeighborhoodAttention3d,
+    check_counts,
     check_rates,
 )
 from natrain.layers.block import TransformerBlock
@@ -25,5 +26,6 @@ __all__ = [
     "PatchTokenizer",
     "TransformerBlock",
     "check_na_padding",
+    "check_counts",
     "check_rates",
 ]

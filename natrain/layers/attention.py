@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ def check_rates(**rates: float) -> None:
     for argument, rate in rates.items():
         if not isinstance(rate, (int, float)) or not 0 <= rate < 1:
             raise invalid(argument, rate, "a number in [0, 1)", f"{argument}=0.1")
+
+
+def check_counts(**counts: int) -> None:
+    """Each of ``counts`` must be a whole number >= 1."""
+    for argument, count in counts.items():
+        if not isinstance(count, Integral) or isinstance(count, bool) or count < 1:
+            raise invalid(argument, count, "a whole number >= 1", f"{argument}={64 if argument == 'dim' else 3}")
 
 
 def _at_the_ends(pad: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from timm.layers import DropPath, Mlp
 from timm.models import checkpoint
 from torch import Tensor, nn
 
+from natrain.errors import invalid
 from natrain.layers.attention import check_rates
 
 
@@ -22,7 +23,7 @@ class TransformerBlock(nn.Module):
         layer_scale: initial value of the per-channel factors ``gamma1``, ``gamma2`` on the branches; None for none.
 
     Raises:
-        ValueError: a probability outside [0, 1).
+        ValueError: a probability outside [0, 1), an MLP without channels, a ``layer_scale`` that is no number.
 
     ``grad_checkpointing`` (attribute, off) trades a second forward pass for the memory of the block's activations.
     """
@@ -38,6 +39,10 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_rates(proj_drop=proj_drop, drop_path=drop_path)
+        if not isinstance(mlp_ratio, (int, float)) or not dim * mlp_ratio >= 1:
+            raise invalid("mlp_ratio", mlp_ratio, "a number > 0, hidden channels in units of dim", "mlp_ratio=3")
+        if layer_scale is not None and not isinstance(layer_scale, (int, float)):
+            raise invalid("layer_scale", layer_scale, "a number, or None for none", "layer_scale=1e-5")
         self.grad_checkpointing = False
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn

@@ -13,7 +13,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from natrain.errors import invalid
-from natrain.layers import TransformerBlock, check_rates
+from natrain.layers import TransformerBlock, check_counts, check_rates
+from natrain.models.spec import check_num_classes
 
 
 class Backbone(nn.Module):
@@ -30,6 +31,8 @@ class Backbone(nn.Module):
     def __init__(self, in_chans: int, num_classes: int, drop_rate: float, **other_rates: float) -> None:
         super().__init__()
         check_rates(drop_rate=drop_rate, **other_rates)
+        check_counts(in_chans=in_chans)
+        check_num_classes(num_classes)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.head_drop = nn.Dropout(drop_rate)
@@ -46,9 +49,13 @@ class Backbone(nn.Module):
         self.apply(_init_weights)
 
     def _make_head(self, pool: str) -> None:
-        self.global_pool, self.head = create_classifier(
-            self.num_features, self.num_classes, pool_type=pool, input_fmt=self.output_fmt
-        )
+        try:
+            self.global_pool, self.head = create_classifier(
+                self.num_features, self.num_classes, pool_type=pool, input_fmt=self.output_fmt
+            )
+        except AssertionError:  # timm's word for a pooling that it has not
+            allowed = "one of avg, max, avgmax, catavgmax, or '' for none"
+            raise invalid("global_pool", pool, allowed, "global_pool='avg'") from None
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @property
@@ -174,6 +181,7 @@ class Backbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head of ``num_classes`` (0: none), and another pooling (``""``: none) when one is named."""
+        check_num_classes(num_classes)
         like = next(self.parameters())
         self.num_classes = num_classes
         self._make_head(self.global_pool.pool_type if global_pool is None else global_pool)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from timm.layers import calculate_drop_path_rates, to_2tuple
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import nn
 
@@ -18,12 +18,13 @@ from natrain.layers import (
     NeighborhoodAttention2d,
     PatchTokenizer,
     TransformerBlock,
+    check_counts,
     check_na_padding,
 )
 from natrain.models.base import Backbone
 from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
-from natrain.models.spec import StageWindows, check_windows, dilation_plan, per_stage
+from natrain.models.spec import StageWindows, check_windows, dilation_plan, image_size, per_stage
 
 PATCH_SIZE = 16
 
@@ -96,6 +97,7 @@ class NATIsotropic(_Isotropic):
     ) -> None:
         rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         super().__init__(in_chans, num_classes, drop_rate, **rates)
+        check_counts(dim=dim, heads=heads, depth=depth)
         (plan,) = dilation_plan(dilations if isinstance(dilations, (int, str)) else [dilations], (depth,), {})
         (kernel_size,) = per_stage("kernel_size", kernel_size, 1, int)
         (kernel,) = per_stage("kernel", kernel, 1, str)
@@ -119,7 +121,7 @@ class NATIsotropic(_Isotropic):
         self.pos = pos
         self.windows = [StageWindows(PATCH_SIZE, kernel_size, max(plan))]
         if img_size is not None:
-            self.check_image(*to_2tuple(img_size))
+            self.check_image(*image_size(img_size))
 
     def check_image(self, height: int, width: int) -> None:
         if self.na_padding == "raise":
@@ -158,11 +160,12 @@ class ViTRPB(_Isotropic):
     ) -> None:
         rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         super().__init__(in_chans, num_classes, drop_rate, **rates)
+        check_counts(dim=dim, heads=heads, depth=depth)
         if kernel != "auto":
             raise invalid(
                 "kernel", kernel, "'auto': ViT-rpb has global attention, which PyTorch computes", "kernel='auto'"
             )
-        map_size = _map_size(*to_2tuple(img_size))
+        map_size = _map_size(*image_size(img_size))
 
         def attention(block: int) -> nn.Module:
             return GlobalAttention2d(dim, heads, map_size, attn_drop=attn_drop_rate, proj_drop=proj_drop_rate)

@@ -12,12 +12,19 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from natrain.layers import ConvDownsampler, ConvTokenizer, NeighborhoodAttention2d, TransformerBlock, check_na_padding
+from natrain.layers import (
+    ConvDownsampler,
+    ConvTokenizer,
+    NeighborhoodAttention2d,
+    TransformerBlock,
+    check_counts,
+    check_na_padding,
+)
 from natrain.models.base import Backbone
 from natrain.models.plans import DILATIONS_224, DINAT, Dilations, Plans
 from natrain.models.published import tagged_cfgs
 from natrain.models.registry import build, imagenet_cfg, register
-from natrain.models.spec import StageWindows, check_windows, dilation_plan, per_stage
+from natrain.models.spec import StageWindows, check_depths, check_windows, dilation_plan, image_size, per_stage
 
 
 class Stage(nn.Module):
@@ -85,6 +92,8 @@ class NAT(Backbone):
     ) -> None:
         rates = dict(drop_path_rate=drop_path_rate, proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
         super().__init__(in_chans, num_classes, drop_rate, **rates)
+        check_counts(dim=dim, heads=heads)
+        check_depths(depths)
         count = len(depths)
         kernel_sizes = per_stage("kernel_size", kernel_size, count, int)
         kernels = per_stage("kernel", kernel, count, str)
@@ -123,7 +132,7 @@ class NAT(Backbone):
         self._finish(widths, reductions, global_pool)
         self.windows = [StageWindows(*shape) for shape in zip(reductions, kernel_sizes, map(max, plan), strict=True)]
         if img_size is not None:
-            self.check_image(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+            self.check_image(*image_size(img_size))
 
     def check_image(self, height: int, width: int) -> None:
         if self.na_padding == "raise":

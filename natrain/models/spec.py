@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypeVar
 
 from natrain.errors import invalid
@@ -47,6 +48,38 @@ def per_stage(argument: str, value: T | Sequence[T], stages: int, kind: type[T])
     return values
 
 
+def check_depths(depths: Sequence[int]) -> None:
+    """Raise ValueError unless every stage has a whole number of blocks >= 1."""
+    is_list = isinstance(depths, Sequence) and len(depths) > 0
+    if not is_list or not all(_is_whole(blocks, 1) for blocks in depths):
+        raise invalid("depths", depths, "for each stage a whole number of blocks >= 1", "depths=[3,4,6,5]")
+
+
+def check_num_classes(num_classes: int) -> None:
+    """Raise ValueError unless it is a whole number >= 0; 0 is a model without classifier."""
+    if not _is_whole(num_classes, 0):
+        raise invalid("num_classes", num_classes, "a whole number >= 0 (0: no classifier)", "num_classes=10")
+
+
+def image_size(img_size: int | Sequence[int]) -> tuple[int, int]:
+    """``img_size`` as (height, width) in pixels; one number is both.
+
+    Raises:
+        ValueError: neither one whole number >= 1 nor two.
+    """
+    sides = (img_size, img_size) if isinstance(img_size, Integral) else img_size
+    is_pair = isinstance(sides, Sequence) and len(sides) == 2
+    if not is_pair or not all(_is_whole(side, 1) for side in sides):
+        allowed = "a whole number of pixels >= 1, or [height, width]"
+        raise invalid("img_size", img_size, allowed, "img_size=224 or img_size=[224,256]")
+    return int(sides[0]), int(sides[1])
+
+
+def _is_whole(value: object, least: int) -> bool:
+    """True for whole numbers from ``least``, numpy's among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
 def dilation_plan(dilations: Dilations | str, depths: Sequence[int], plans: Plans) -> list[tuple[int, ...]]:
     """The dilation of every block: an entry per stage, whose pattern repeats until the stage is full.
 
@@ -60,10 +93,10 @@ def dilation_plan(dilations: Dilations | str, depths: Sequence[int], plans: Plan
             that ``plans`` lacks.
     """
     dilations = named_plan(dilations, plans, depths)
-    entries = [dilations] * len(depths) if isinstance(dilations, int) else list(dilations)
-    patterns = [(entry,) if isinstance(entry, int) else tuple(entry) for entry in entries]
+    entries = dilations if isinstance(dilations, Sequence) else [dilations] * len(depths)
+    patterns = [tuple(entry) if isinstance(entry, Sequence) else (entry,) for entry in entries]
     fits = len(patterns) == len(depths) and all(
-        0 < len(pattern) <= depth and all(isinstance(d, int) and d >= 1 for d in pattern)
+        0 < len(pattern) <= depth and all(isinstance(d, int) and not isinstance(d, bool) and d >= 1 for d in pattern)
         for pattern, depth in zip(patterns, depths, strict=False)
     )
     if not fits:

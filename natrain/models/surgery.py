@@ -12,12 +12,13 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import resize_rel_pos_bias_table_simple, to_2tuple
+from timm.layers import resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from natrain.errors import invalid
 from natrain.layers import GlobalAttention2d
 from natrain.models.plans import Dilations
+from natrain.models.spec import image_size
 from natrain.models.weights import Weights
 from natrain.models.weights.recognise import has_plan
 
@@ -180,7 +181,7 @@ def operate(
         ValueError: as ``new_arguments``.
     """
     old_size = tuple(weights.input["img_size"])
-    size = old_size if img_size is None else to_2tuple(img_size)
+    size = old_size if img_size is None else image_size(img_size)
     args, before, after = new_arguments(weights.model_name, weights.model_args, old_size, size, kernel_size, dilations)
     model = _on_meta(weights.model_name, args)
     state = resize_biases(weights.state, model)

@@ -178,3 +178,8 @@ def test_a_failed_operation_leaves_no_file(weights, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     assert main(["surgery", str(tmp_path / "in.safetensors"), str(out), "kernel_size=9"]) == 2
     assert not out.exists() and "Try: kernel_size=" in capsys.readouterr().err
+
+
+def test_an_image_size_has_two_sides(weights):
+    with pytest.raises(ValueError, match=r"img_size=\[64, 64, 64\] .*\[height, width\]"):
+        operate(weights, img_size=[64, 64, 64])
