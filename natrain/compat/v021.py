@@ -120,11 +120,13 @@ def _ends(name: str, tokens: Tensor, lengths: Tensor | None, cumulative: Tensor 
     if not isinstance(given, Tensor) or given.dtype != torch.int32 or given.dim() != 1 or not given.numel():
         value = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise refuse(ValueError, argument, value, "an int32 tensor with one axis", f"{argument}.to(torch.int32)")
-    ends = (given.cumsum(0) if lengths is not None else given[1:]).tolist()
-    if tokens.shape[0] != 1 or not ends or ends[-1] != tokens.shape[1] or ends != sorted(ends):
-        allowed = f"batch 1 and lengths that sum to its {tokens.shape[1]} tokens (batch is {tokens.shape[0]})"
+    bounds = [0, *given.cumsum(0).tolist()] if lengths is not None else given.tolist()
+    is_whole = len(bounds) > 1 and bounds[0] == 0 and bounds[-1] == tokens.shape[1] and bounds == sorted(bounds)
+    if tokens.shape[0] != 1 or not is_whole:
+        say = "lengths that sum" if lengths is not None else "their sums from 0"
+        allowed = f"batch 1 and {say} to its {tokens.shape[1]} tokens (batch is {tokens.shape[0]})"
         raise refuse(ValueError, argument, given.tolist(), allowed, "sequences packed behind each other")
-    return ends
+    return bounds[1:]
 
 
 def merge_attentions(

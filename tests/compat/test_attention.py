@@ -159,6 +159,11 @@ def test_packed_sequences_see_only_their_own_tokens():
         v021.attention(q, k, v, seqlens_Q=lengths_q.long(), seqlens_KV=lengths_kv)
     with pytest.raises(ValueError, match="as many"):
         v021.attention(q, k, v, seqlens_Q=lengths_q)
+    # Sums that do not start at 0 left the first sequence in the second; lengths below 0 moved the borders.
+    for name, bad in (("cumulative_seqlen", [2, 7]), ("cumulative_seqlen", [7]), ("seqlens", [-1, 8])):
+        bad = torch.tensor(bad, dtype=torch.int32)
+        with pytest.raises(ValueError, match=f"{name}_Q=.*its 7 tokens"):
+            v021.attention(q, k, v, **{f"{name}_Q": bad, f"{name}_KV": bad})
 
 
 def test_merging_parts_is_one_softmax():
