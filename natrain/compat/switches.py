@@ -29,11 +29,11 @@ class MemoryUsagePreference(Enum):
 
 @dataclass
 class State:
-    """What the switches hold; defaults as NATTEN's, ``kv_parallelism`` as of 0.17 (0.20 starts with True)."""
+    """What the switches hold; defaults as NATTEN's. ``kv_parallelism`` None: not set, off in 0.17, on from 0.20."""
 
     deterministic: bool = False
     fused: bool = False
-    kv_parallelism: bool = False
+    kv_parallelism: bool | None = None
     use_flex: bool = False
     force_flex: bool = False
     memory: MemoryUsagePreference = MemoryUsagePreference.Default
@@ -246,7 +246,7 @@ def _refuse_with_determinism(what: str) -> Exception:
 
 
 def is_kv_parallelism_in_fused_na_enabled() -> bool:
-    return state.kv_parallelism
+    return bool(state.kv_parallelism)
 
 
 def set_memory_usage_preference(pref: str = "default") -> None:

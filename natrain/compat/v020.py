@@ -236,6 +236,11 @@ class NeighborhoodAttention3D(_NeighborhoodAttention):
     na_dim = 3
 
 
+def is_kv_parallelism_in_fused_na_enabled() -> bool:
+    """What ``use_kv_parallelism_in_fused_na`` set; on from the start, unlike in 0.17."""
+    return switches.state.kv_parallelism is not False
+
+
 def _no_configs(name: str):
     def get_configs(*args: Any, **kwargs: Any) -> list:
         return []
@@ -257,11 +262,10 @@ _CONTEXT = {
     for name in (
         "allow_flex_compile allow_flex_compile_backprop are_deterministic_algorithms_enabled disable_flex_compile "
         "disable_flex_compile_backprop get_memory_usage_preference is_flex_compile_allowed "
-        "is_flex_compile_backprop_allowed is_kv_parallelism_in_fused_na_enabled is_memory_usage_default "
-        "is_memory_usage_strict is_memory_usage_unrestricted set_memory_usage_preference use_deterministic_algorithms "
-        "use_kv_parallelism_in_fused_na"
+        "is_flex_compile_backprop_allowed is_memory_usage_default is_memory_usage_strict is_memory_usage_unrestricted "
+        "set_memory_usage_preference use_deterministic_algorithms use_kv_parallelism_in_fused_na"
     ).split()
-}
+} | {"is_kv_parallelism_in_fused_na_enabled": is_kv_parallelism_in_fused_na_enabled}
 _MODULES = {
     f"NeighborhoodAttention{rank}D": module
     for rank, module in enumerate((NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D), 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from natrain.compat import switches, v017
+from natrain.compat import switches, v017, v020
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +18,15 @@ def test_defaults_are_nattens():
     assert switches.is_gemm_na_enabled() and switches.is_tiled_na_enabled()
     assert not switches.is_fused_na_enabled() and not switches.is_autotuner_enabled()
     assert not switches.are_deterministic_algorithms_enabled() and switches.is_memory_usage_default()
+
+
+def test_kv_parallelism_starts_as_each_version_had_it():
+    old, new = (interface.LAYOUT["context"] for interface in (v017, v020))
+    assert not old["is_kv_parallelism_in_fused_na_enabled"]() and new["is_kv_parallelism_in_fused_na_enabled"]()
+    new["use_kv_parallelism_in_fused_na"](False)
+    assert not new["is_kv_parallelism_in_fused_na_enabled"]()
+    new["use_kv_parallelism_in_fused_na"](True)
+    assert old["is_kv_parallelism_in_fused_na_enabled"]() and new["is_kv_parallelism_in_fused_na_enabled"]()
 
 
 def test_fused_and_its_short_names():
