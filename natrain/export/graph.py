@@ -26,8 +26,8 @@ class _Cast(nn.Module):
 
 
 def set_kernel(model: nn.Module, kernel: str) -> nn.Module:
-    """A copy of ``model`` in evaluation mode whose attention layers take ``kernel``."""
-    model = copy.deepcopy(model).eval()
+    """A float32 copy of ``model`` in evaluation mode whose attention layers take ``kernel``."""
+    model = copy.deepcopy(model).float().eval()
     for module in model.modules():
         if hasattr(module, "kernel") and hasattr(module, "window"):
             module.kernel = kernel
@@ -38,7 +38,7 @@ def trace(model: nn.Module, input: dict[str, Any], *, decompose: bool, precision
     """``model`` on float32 images [batch, in_chans, height, width], batch free, as a graph.
 
     Args:
-        model: in any mode, on any device; left as it is.
+        model: in any mode and dtype, on any device; left as it is.
         input: ``in_chans`` and ``img_size`` of its images.
         decompose: every operator of natrain becomes aten operators (those of the reference kernel); else it stays one
             operator with ``kernel="auto"``, which chooses where the graph runs.

@@ -37,6 +37,15 @@ def test_decomposed_program_runs_where_natrain_is_not(tmp_path):
     assert said.split() == ["batch", "1", "batch", "5"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_model_of_another_dtype_becomes_a_program_of_float32(dtype, tmp_path):
+    model = small_model().to(dtype)
+    assert export(model, INPUT, "torch-export", tmp_path / "model.pt2") <= 1e-4
+    assert next(model.parameters()).dtype == dtype
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(images_of(2)), logits_of(model.float(), images_of(2)), atol=1e-4, rtol=0)
+
+
 def test_kept_program_has_the_operator_with_kernel_auto(tmp_path):
     model = small_model(kernel="reference")
     write_expected(model, tmp_path)
