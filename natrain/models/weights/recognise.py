@@ -183,9 +183,12 @@ def recognise(
         fit = compare(state, told, own)
         if not fit.problems:
             return fit
-        others = [other for other in map(partial(compare, state), list_models()) if not other.problems]
-        say = f"; it fits {', '.join(other.variant for other in others)}" if others else ""
-        raise _unfit(path, fit, say, others[0].variant if others else None)
+        others = [other.variant for other in map(partial(compare, state), list_models()) if not other.problems]
+        if told in others:
+            say, fix = f"; it fits {told} without them", "the arguments of the model that the file was trained with"
+        else:
+            say, fix = (f"; it fits {', '.join(others)}", f"model={others[0]}") if others else ("", None)
+        raise _unfit(path, fit, say, fix, " with the model's arguments" if told in others else "")
     for name in (hint, named_in(path)):
         if name is not None and not (fit := compare(state, name)).problems and not _lacks_table(fit):
             return fit
@@ -209,14 +212,14 @@ def _lacks_table(fit: Fit) -> bool:
     return any(name.endswith("relative_position_index") for name in fit.missing)
 
 
-def _unfit(path: str, fit: Fit, say: str, better: str | None) -> ValueError:
+def _unfit(path: str, fit: Fit, say: str, fix: str | None, how: str = "") -> ValueError:
     more = len(fit.problems) - SHOWN
     return invalid(
         "checkpoint",
         path,
-        f"weights of a model of natrain; compared with {fit.variant}: "
+        f"weights of a model of natrain; compared with {fit.variant}{how}: "
         + "; ".join(fit.problems[:SHOWN])
         + (f"; and {more} more" if more > 0 else "")
         + say,
-        f"model={better}" if better else "checkpoint=FILE of one of the models that `natrain models` lists",
+        fix or "checkpoint=FILE of one of the models that `natrain models` lists",
     )

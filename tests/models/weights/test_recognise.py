@@ -371,6 +371,12 @@ def test_another_variant_is_named(tmp_path: Path) -> None:
         load_initial_weights(timm.create_model("nat_digits"), str(tmp_path / "w.pth"))
 
 
+def test_other_arguments_of_the_same_variant_are_named() -> None:
+    with pytest.raises(ValueError, match=r"gamma1 \[32\] is missing.*fits nat_digits without them") as caught:
+        timm.create_model("nat_digits", pretrained=True, layer_scale=1e-5)
+    assert "Try: the arguments of the model" in str(caught.value)
+
+
 def test_another_kernel_size_needs_surgery(tmp_path: Path) -> None:
     torch.save(timm.create_model("nat_cifar", kernel_size=7, img_size=112).state_dict(), tmp_path / "w.pth")
     weights = load_weights(tmp_path / "w.pth")
