@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
-PICTURES = ("attention", "rpb", "windows")
+# Each picture with the options that it takes besides --out.
+PICTURES = {"attention": ("checkpoint", "layer", "query"), "rpb": ("layer",), "windows": ("query",)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", help="of attention: any file, address or hf-hub:NAME that natrain imports")
     parser.add_argument("--layer", help="STAGE.BLOCK (default: attention: the last; rpb: all, averaged over heads)")
-    parser.add_argument("--query", metavar="Y,X", help="the pixel to look from (default: the middle)")
+    parser.add_argument("--query", metavar="Y,X", help="not of rpb: the pixel to look from (default: the middle)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the picture (default: PICTURE.png)")
 
 
@@ -37,6 +38,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.picture not in draw:
         best = nearest(arguments.picture, PICTURES) or "windows"
         raise invalid("PICTURE", arguments.picture, f"one of {', '.join(PICTURES)}", f"natrain viz {best} ...")
+    for name in ("checkpoint", "layer", "query"):
+        if getattr(arguments, name) is not None and name not in PICTURES[arguments.picture]:
+            taken = " and ".join(f"--{other}" for other in (*PICTURES[arguments.picture], "out"))
+            allowed = f"no option of {arguments.picture}, which takes {taken}"
+            raise invalid(f"--{name}", getattr(arguments, name), allowed, f"leave --{name} out")
     out = arguments.out or Path(f"{arguments.picture}.png")
     formats = (".png", ".pdf", ".svg", ".jpg")
     if out.suffix not in formats:

@@ -108,6 +108,11 @@ def test_every_picture_is_drawn(words, tmp_path, monkeypatch, capsys):
         (["attention", "x.png"], "--checkpoint"),
         (["attention", "x.png", "--checkpoint", DIGITS], "a file; there is none"),
         (["rpb", DIGITS, DIGITS], "one CHECKPOINT"),
+        (
+            ["rpb", DIGITS, "--query", "1,1"],
+            "--query='1,1' is not allowed: expected no option of rpb, which takes --layer",
+        ),
+        (["windows", "model=nat_digits", "--checkpoint", DIGITS], "windows, which takes --query and --out"),
     ],
 )
 def test_mistakes(words, said, capsys, tmp_path, monkeypatch):
