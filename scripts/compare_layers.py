@@ -35,8 +35,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--rpb", action="store_true")
     arguments = parser.parse_args()
-    if not (arguments.folder / "results.csv").is_file():
-        raise SystemExit(f"error: folder {arguments.folder} holds no results.csv. Try: what a sweep was given as --out")
+    for name in ("results.csv", "environment.jsonl"):
+        if not (arguments.folder / name).is_file():
+            raise SystemExit(f"error: folder {arguments.folder} holds no {name}. Try: what a sweep was given as --out")
     times: dict[tuple[Case, str], dict[str, float]] = {}
     for row in rows.read(arguments.folder / "results.csv"):
         run = Run.of(row)

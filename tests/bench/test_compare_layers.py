@@ -40,6 +40,9 @@ def test_a_folder_without_results(script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare_layers.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="holds no results.csv"):
         script["main"]()
+    rows.start(tmp_path / "results.csv")
+    with pytest.raises(SystemExit, match="holds no environment.jsonl"):
+        script["main"]()
 
 
 def test_every_row_has_its_peers(script):
