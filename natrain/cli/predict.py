@@ -58,7 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise invalid(f"--{name}", getattr(arguments, name), "a whole number >= 1", f"--{name} 5")
     form = _format(arguments)
     if arguments.out is not None and arguments.out.is_dir():
-        raise _not_writable(arguments.out, "it is a folder")
+        fix = f"--out {arguments.out / 'predictions.csv'}"
+        raise invalid("--out", str(arguments.out), "a file, not a folder", fix)
 
     from natrain.training import load_for_inference
 
@@ -74,15 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
 
         # A name of a file may be no UTF-8; it goes out as it came in.
         encoded = (line.encode(errors="surrogateescape") for line in text)
-        try:
-            write_atomically(arguments.out, lambda file: file.writelines(encoded))
-        except OSError as error:
-            raise _not_writable(arguments.out, error.strerror or str(error)) from error
+        write_atomically(arguments.out, lambda file: file.writelines(encoded), "--out")
     return int(bool(problems))
-
-
-def _not_writable(out: Path, reason: str) -> ValueError:
-    return invalid("--out", str(out), f"a file that can be written ({reason})", "--out predictions.csv")
 
 
 def _format(arguments: argparse.Namespace) -> str:
