@@ -48,7 +48,7 @@ def start(path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """Make the file with its header, or end a line that a killed process left unfinished."""
     with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "rb+") as file:
         if not file.seek(0, os.SEEK_END):
-            file.write(_line(list(columns)))
+            file.write(_line(list(columns)))  # by several processes at once: the same bytes at the same place
         elif (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")
 
