@@ -41,6 +41,13 @@ constexpr int ENTRIES = BIAS_LINES * BIAS_X;
 // Tokens from a step's first column to that of its group u.
 __device__ constexpr int group_tokens(int u) { return group_bytes<HEAD_DIM>(u) / RowFormat<HEAD_DIM>::PITCH; }
 
+// Of a tensor in a visit: the first token of this dilation group, as far on as the tile is; the same for all threads.
+template <class T>
+__device__ __forceinline__ T* origin_of(const Tile& tile, const Geometry& g, T* data, const Layout& at, const Visit& visit) {
+  data += visit.image * at.batch + tile.group_origin(at, tile.head);
+  return WALKS ? data + visit.walked * Leap::walk_step(g, at) : data;
+}
+
 // Lanes 2r and 2r + 1 have row r of the warp's tile: its 16-byte pieces in turn, so that one pointer is enough.
 template <int DIM>
 __device__ __forceinline__ void store_row(const unsigned char* shared, Element* row) {

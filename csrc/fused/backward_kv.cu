@@ -161,8 +161,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       if constexpr (HAS_D_K) put_rows<HEAD_DIM>(shared, rows_at, d_k, of_k);
       if constexpr (HAS_D_V) put_rows<VALUE_DIM>(shared, rows_at + ROWS_1_BYTES, d_v, of_v);
       __syncwarp();
-      Element* d_k_row_at = args.d_k + (place.image * args.d_k_at.batch + tile.group_origin(args.d_k_at, tile.head)) + d_k_row;
-      Element* d_v_row_at = args.d_v + (place.image * args.d_v_at.batch + tile.group_origin(args.d_v_at, tile.head)) + d_v_row;
+      Element* d_k_row_at = origin_of(tile, g, args.d_k, args.d_k_at, place) + d_k_row;
+      Element* d_v_row_at = origin_of(tile, g, args.d_v, args.d_v_at, place) + d_v_row;
       if (HAS_D_K && has_row) store_row<HEAD_DIM>(bytes + rows_at, d_k_row_at);
       if (HAS_D_V && has_row) store_row<VALUE_DIM>(bytes + rows_at + ROWS_1_BYTES, d_v_row_at);
     }

@@ -1,6 +1,6 @@
 // dQ of a tile of queries, the statistics that backward_kv.cu reads, and the block's part of the bias gradient.
 //
-// The offset between a row and a column of a tile is the same for every image. So dS adds up over the images of a block
+// The offset between a row and a column of a tile is the same for every visit. So dS adds up over the visits of a block
 // where it lies, in the fragments' registers, and is summed along the diagonals of equal offset once, at the end; where
 // those registers are too many, the diagonals are summed at once. Either way a warp adds to a table of its own, a lane to
 // entries of its own, and the block sums its warps in order.
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #endif
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
   const bool has_row = tile.has_row(lane / 2);  // lanes 2r and 2r + 1 have row r
-  // Of the image that comes: this lane's row.
+  // Of the visit that comes: this lane's row.
   long long row_at = (tile.first_image * tokens + tile.row_token(g, lane / 2)) * g.heads + tile.head;
   float2* statistics = args.statistics + (tile.first_image * (long long)g.heads + tile.head) * tokens + tile.row_token(g, lane / 2);
   Element* d_q_row = lane_row(g, tile, args.d_q, args.d_q_at, tile.head);
@@ -115,12 +115,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       for (int i = 0; i < HEAD_DIM / 2; ++i) d_q[i / 4][i % 4] = 0;
       float row_lse = next_lse * LOG2_E;
       if (args.d_lse) row_delta -= args.d_lse[row_at];
-      row_at += g.splits * tokens * g.heads;
-      if (place.image + g.splits < g.batch) next_lse = args.lse[row_at];
+      const Visit next = place.next_visit(tile, g);
+      row_at += Leap(tile, Leap::walk_tokens(g), g.splits * tokens).to(next) * g.heads;
+      if (next.image < g.batch) next_lse = args.lse[row_at];
       // Every probability of a query that sees no key is 0, and of a row that is none.
       if (row_lse == MINUS_INFINITY || !has_row) row_lse = -MINUS_INFINITY;
       if (has_row && lane % 2 == 0) *statistics = make_float2(row_lse, row_delta);
-      statistics += g.splits * (long long)g.heads * tokens;
+      statistics += Leap(tile, Leap::walk_tokens(g), g.splits * (long long)g.heads * tokens).to(next);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         lse[half] = __shfl_sync(WARP, row_lse, lane / 4 * 2 + 16 * half);
@@ -191,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       put_rows<HEAD_DIM>(shared, rows_at, d_q, factor);
       __syncwarp();
       if (has_row) store_row<HEAD_DIM>(bytes + rows_at, d_q_row);
-      d_q_row += g.splits * args.d_q_at.batch;
+      d_q_row += Leap(tile, g, args.d_q_at).to(place.next_visit(tile, g));
     }
   }
 
@@ -204,8 +205,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
       }
     }
     __syncthreads();
-    const unsigned tiles = args.partials / g.splits, at = blockIdx.x % tiles;
-    float* partial = args.bias_partial + ((long long)tile.head * args.partials + tile.first_image * tiles + at) * ENTRIES;
+    const unsigned at = tile.number(g, args.partials);
+    float* partial = args.bias_partial + ((long long)tile.head * args.partials + at) * ENTRIES;
     for (int i = threadIdx.x; i < ENTRIES; i += THREADS) {
       float sum = 0;
       for (int warp = 0; warp < WARPS; ++warp) sum += tables[warp * ENTRIES + i];

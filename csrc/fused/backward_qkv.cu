@@ -29,20 +29,14 @@ static_assert(STAGES * STAGE_BYTES <= NATRAIN_SHARED_BYTES);
 // Rows are held in registers where those of the sums leave room for them.
 constexpr bool HAS_ROOM = (HEAD_DIM + VALUE_DIM) * int(sizeof(Element) + 4) <= 1024;
 
-// Elements from the first of a tensor to the first token of this dilation group in an image: the same for all threads.
-template <class T>
-__device__ __forceinline__ T* origin_of(const Tile& tile, T* data, const Layout& at, int image) {
-  return data + (image * at.batch + tile.group_origin(at, tile.head));
-}
-
 // Offsets of what a thread fetches are reckoned for every image: kept, those of five tensors fill the registers.
 template <int DIM>
 __device__ __forceinline__ void fetch_halo(unsigned to, const Geometry& g, const Tile& tile, const Element* data,
-                                           const Layout& at, int image) {
+                                           const Layout& at, const Visit& visit) {
   unsigned first[3] = {unsigned(tile.halo_first[0]), unsigned(tile.halo_first[1]), unsigned(tile.halo_first[2])};
 #pragma unroll
   for (int axis = 0; axis < 3; ++axis) hide(first[axis]);
-  fetch_columns<DIM>(to, origin_of(tile, data, at, image), Step(g, at), tile, int(first[0]), int(first[1]), int(first[2]));
+  fetch_columns<DIM>(to, origin_of(tile, g, data, at, visit), Step(g, at), tile, int(first[0]), int(first[1]), int(first[2]));
 }
 
 // A tile of sums times `factor` to this lane's row of a gradient, by way of this warp's `place` in shared memory.
@@ -110,6 +104,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const int lane = threadIdx.x % 32;
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
 
+  // What token_at counts from.
+  const auto first_token = [&](const Visit& at) { return at.image * tokens + at.walked * Leap::walk_tokens(g); };
   // Where position i of the halo lies in an image, -1 past the end of the dilation group.
   const auto token_at = [&](int i) {
     const int at[3] = {i / (chunk(2) * chunk(1)), i / chunk(2) % chunk(1), i % chunk(2)};
@@ -118,18 +114,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       const int position = tile.halo_first[axis] + at[axis];
-      valid = valid && position < tile.length[axis];
+      valid = valid && position < (axis == WALK ? tile.fetch_end(axis) : tile.length[axis]);
       token = token * g.length[axis] + position * g.dilation[axis] + tile.group[axis];
     }
     return valid ? token : -1;
   };
-  int next_image = tile.first_image, next_stage = 0;
+  Visit next(tile);
+  int next_stage = 0;
   const auto fetch = [&] {
-    if (next_image < g.batch) {
+    if (next.image < g.batch) {
       const unsigned to = shared.address + next_stage * STAGE_BYTES;
-      fetch_halo<VALUE_DIM>(to + D_OUT_AT, g, tile, args.d_out, args.d_out_at, next_image);
-      fetch_halo<VALUE_DIM>(to + OUT_AT, g, tile, args.out, args.out_at, next_image);
-      const float* const lse = args.lse + next_image * tokens * g.heads + tile.head;
+      fetch_halo<VALUE_DIM>(to + D_OUT_AT, g, tile, args.d_out, args.d_out_at, next);
+      fetch_halo<VALUE_DIM>(to + OUT_AT, g, tile, args.out, args.out_at, next);
+      const float* const lse = args.lse + first_token(next) * g.heads + tile.head;
 #pragma unroll
       for (int first = 0; first < CHUNK_TOKENS; first += THREADS) {
         unsigned i = first + threadIdx.x;
@@ -138,10 +135,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
         if (i < CHUNK_TOKENS)
           cp_async_4(to + STATISTICS_AT + i * 8, lse + (long long)max(token, 0) * g.heads, token >= 0);
       }
-      fetch_halo<HEAD_DIM>(to + Q_AT, g, tile, args.q, args.q_at, next_image);
-      fetch_halo<HEAD_DIM>(to + K_AT, g, tile, args.k, args.k_at, next_image);
-      fetch_halo<VALUE_DIM>(to + V_AT, g, tile, args.v, args.v_at, next_image);
-      next_image += g.splits;
+      fetch_halo<HEAD_DIM>(to + Q_AT, g, tile, args.q, args.q_at, next);
+      fetch_halo<HEAD_DIM>(to + K_AT, g, tile, args.k, args.k_at, next);
+      fetch_halo<VALUE_DIM>(to + V_AT, g, tile, args.v, args.v_at, next);
+      next.advance(tile, g);
       next_stage = next_stage + 1 == STAGES ? 0 : next_stage + 1;
     }
     cp_async_commit();
@@ -169,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const Offset d_v_row = row_offset(tile, Step(g, args.d_v_at), lane / 2);
 
   int stage = 0;
-  for (int image = tile.first_image; image < g.batch; image += g.splits) {
+  for (Visit visit(tile); visit.image < g.batch; visit.advance(tile, g)) {
     if (STAGES == 1) {
       __syncthreads();
       fetch();
@@ -192,7 +189,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
         const float lse = statistics[i].x * LOG2_E;
         if (args.d_lse) {
           const int token = token_at(i);
-          if (token >= 0) delta -= args.d_lse[(image * tokens + token) * g.heads + tile.head];
+          if (token >= 0) delta -= args.d_lse[(first_token(visit) + token) * g.heads + tile.head];
         }
         // Every probability of a query that sees no key is 0.
         statistics[i] = make_float2(lse == MINUS_INFINITY ? -MINUS_INFINITY : lse, delta);
@@ -238,7 +235,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
         }
         k.add(d_q, d_scores, group_bytes<HEAD_DIM>(u));
       }
-      put<HEAD_DIM>(shared, place, d_q, args.scale, origin_of(tile, args.d_q, args.d_q_at, image) + d_q_row, has_row);
+      put<HEAD_DIM>(shared, place, d_q, args.scale, origin_of(tile, g, args.d_q, args.d_q_at, visit) + d_q_row, has_row);
     }
     {
       Rows<HEAD_DIM, HAS_ROOM> k;
@@ -273,8 +270,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
         d_out.add(d_v, probs, group_bytes<VALUE_DIM>(u));
         q.add(d_k, d_scores, group_bytes<HEAD_DIM>(u));
       }
-      put<HEAD_DIM>(shared, place, d_k, args.scale, origin_of(tile, args.d_k, args.d_k_at, image) + d_k_row, has_row);
-      put<VALUE_DIM>(shared, place, d_v, 1.f, origin_of(tile, args.d_v, args.d_v_at, image) + d_v_row, has_row);
+      put<HEAD_DIM>(shared, place, d_k, args.scale, origin_of(tile, g, args.d_k, args.d_k_at, visit) + d_k_row, has_row);
+      put<VALUE_DIM>(shared, place, d_v, 1.f, origin_of(tile, g, args.d_v, args.d_v_at, visit) + d_v_row, has_row);
     }
   }
 }

@@ -6,6 +6,9 @@
 
 namespace natrain {
 
+// Both ask where a tile is, not only what is relative to its halo.
+static_assert(!WALKS || !(NATRAIN_HAS_KEY_MASK || NATRAIN_HAS_DROPOUT));
+
 class Exclusions {
   const Geometry& g;
   const Tile& tile;

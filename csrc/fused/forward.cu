@@ -1,7 +1,7 @@
 // out[query] = sum over its keys of softmax(scale * q . k + rpb) * v, and lse, the log of the sum of exponentials.
 //
-// A block keeps one head, dilation group and tile and goes over images; while it computes one stage of shared memory the
-// next is fetched. Small windows: all scores of a tile are in registers at once. Large ones: the halo comes in chunks, and
+// A block keeps one head, dilation group and tile (or walks over tiles that are alike) and goes over images; while it
+// computes one stage of shared memory the next is fetched. Small windows: all scores of a tile are in registers at once. Large ones: the halo comes in chunks, and
 // maximum and sum are carried from step to step (online softmax, arXiv 1805.02867).
 #define NATRAIN_COLUMN_USES 1  // scores take columns of k, sums those of v
 #include "exclusions.cuh"
@@ -46,11 +46,12 @@ class Stream {
   const Geometry& g;
   const Tile& tile;
   const unsigned address;
-  const Element *q, *k, *v;    // of the image that comes next, at the first token of the dilation group
+  const Element *q, *k, *v;    // of the visit that comes next, at the first token of the dilation group
   const Step k_step, v_step;
-  const long long q_image, k_image, v_image;  // elements from an image to the next
+  const Leap q_leap, k_leap, v_leap;
   const Offset q_row;          // of row lane % 16
-  int image, z, y, x;          // of the next chunk, in positions of the halo
+  Visit visit;
+  int z, y, x;                 // of the next chunk, in positions of the halo
   int stage, rows;             // where it goes
 
  public:
@@ -63,11 +64,11 @@ class Stream {
         v(args.v + t.group_origin(args.v_at, t.head / g.heads_per_kv) + t.first_image * args.v_at.batch),
         k_step(g, args.k_at),
         v_step(g, args.v_at),
-        q_image(args.q_at.batch * g.splits),
-        k_image(args.k_at.batch * g.splits),
-        v_image(args.v_at.batch * g.splits),
+        q_leap(t, g, args.q_at),
+        k_leap(t, g, args.k_at),
+        v_leap(t, g, args.v_at),
         q_row(row_offset(t, Step(g, args.q_at), threadIdx.x % 16)),
-        image(t.first_image),
+        visit(t),
         z(0),
         y(0),
         x(0),
@@ -75,7 +76,7 @@ class Stream {
         rows(0) {}
 
   __device__ __forceinline__ void fetch() {
-    if (image < g.batch) {
+    if (visit.image < g.batch) {
       const unsigned to = address + stage * COLUMN_BYTES;
       const int z_first = tile.halo_first[0] + z, y_first = tile.halo_first[1] + y, x_first = tile.halo_first[2] + x;
       fetch_columns<HEAD_DIM>(to, k, k_step, tile, z_first, y_first, x_first);
@@ -90,13 +91,14 @@ class Stream {
     cp_async_commit();
   }
 
-  // Fetches again from the first chunk of `at_image` on, into the stage and the buffer of rows from which it is read.
-  __device__ __forceinline__ void rewind(int at_image, int to_stage, int to_rows) {
+  // Fetches again from the first chunk of `earlier` on, into the stage and the buffer of rows from which it is read.
+  __device__ __forceinline__ void rewind(const Visit& earlier, int to_stage, int to_rows) {
     cp_async_wait<0>();
     __syncthreads();
-    const int images = (image - at_image) / g.splits;
-    q -= images * q_image, k -= images * k_image, v -= images * v_image;
-    image = at_image, z = y = x = 0;
+    q -= q_leap.back(visit, earlier, tile, g.splits);
+    k -= k_leap.back(visit, earlier, tile, g.splits);
+    v -= v_leap.back(visit, earlier, tile, g.splits);
+    visit = earlier, z = y = x = 0;
     stage = to_stage, rows = to_rows;
 #pragma unroll 1
     for (int i = 0; i < STAGES - 1; ++i) fetch();
@@ -117,10 +119,10 @@ class Stream {
       if (tile.halo_first[0] + (z += chunk(0)) < tile.halo_end[0]) return;
       z = 0;
     }
-    image += g.splits;
-    q += q_image;
-    k += k_image;
-    v += v_image;
+    visit.advance(tile, g);
+    q += q_leap.to(visit);
+    k += k_leap.to(visit);
+    v += v_leap.to(visit);
   }
 };
 
@@ -258,10 +260,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   const int token = tile.row_token(g, lane % 16);
   const unsigned stored_rows = __ballot_sync(WARP, tile.has_row(lane % 16)) & 0xffff;
   const long long tokens = (long long)g.length[0] * g.length[1] * g.length[2];
-  // Of the next image: the first row of this head, and this lane's row.
+  // Of the next visit: the first row of this head, and this lane's row.
   Element* next_out = args.out + (tile.first_image * tokens * g.heads + tile.head) * VALUE_DIM;
   float* next_lse = args.lse + (tile.first_image * tokens + token) * g.heads + tile.head;
   const Offset out_row = Offset(token) * g.heads * VALUE_DIM;
+  const Leap leap(tile, Leap::walk_tokens(g), g.splits * tokens);
 
   Rows<HEAD_DIM> q;
   State state;
@@ -292,14 +295,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     exclusions.to_step(tile.box_first[0], tile.box_first[1], tile.box_first[2]);
   }
 
-  for (int image = tile.first_image; image < g.batch;
-       image += g.splits, q_buffer = q_buffer + 1 == STAGES ? 0 : q_buffer + 1) {
+  Visit next(tile);
+  for (Visit visit = next; visit.image < g.batch;
+       visit = next, q_buffer = q_buffer + 1 == STAGES ? 0 : q_buffer + 1) {
     const unsigned rows_at = Stream::rows_at(q_buffer);
-    exclusions.to_image(image, tokens);
+    exclusions.to_image(visit.image, tokens);
+    next.advance(tile, g);
     Element* const out = next_out;
     float* const lse_of_row = next_lse;
-    next_out += g.splits * tokens * g.heads * VALUE_DIM;
-    next_lse += g.splits * tokens * g.heads;
+    next_out += leap.to(next) * g.heads * VALUE_DIM;
+    next_lse += leap.to(next) * g.heads;
     if (RESIDENT) {
       const unsigned columns = next_stage();
       if (!tile.is_active) continue;
@@ -352,7 +357,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
               }
             }
         if (is_careful || !__syncthreads_or(tile.is_active && !is_in_range(state))) break;
-        stream.rewind(image, stage, q_buffer);
+        stream.rewind(visit, stage, q_buffer);
       }
       if (!tile.is_active) continue;
     }

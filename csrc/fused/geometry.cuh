@@ -12,6 +12,7 @@
 //   NATRAIN_BOX        extents of a box, at least the reach of any tile; X is 8 (then Y is even) or a multiple of 16
 //   NATRAIN_CHUNK      extents of what one stage of shared memory holds; the whole halo if NATRAIN_RESIDENT
 //   NATRAIN_STEP       extents of what a warp computes at once: the box if NATRAIN_RESIDENT
+//   NATRAIN_WALK       the axis along which a block walks from a tile to others that are like it; 3: none
 // and NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_VALUE_DIM, NATRAIN_OFFSET (int where every offset inside an image fits, else
 // long long), NATRAIN_ROWS (a Side).
 #pragma once
@@ -51,14 +52,21 @@ static_assert(PAIRS_OF_LINES ? step(1) % 2 == 0 : step(2) % 16 == 0);
 constexpr bool CHUNKED_X = NATRAIN_CHUNKED_X;
 static_assert(!CHUNKED_X || step(2) == chunk(2));
 
+// Tiles whose rows stand alike in their windows, none at a border, share all that is relative to their halo: start values,
+// offsets, masks. A block that walks over a *stretch* of them finds these once. Few images are then as good as many.
+constexpr int WALK = NATRAIN_WALK;
+constexpr bool WALKS = WALK < 3;
+
 struct Geometry {
   int length[3];    // tokens
   int dilation[3];
-  int tiles[3];     // block tiles that cover the longest dilation group
+  int tiles[3];     // blocks that cover the longest dilation group: one a tile, along WALK one a run or a tile
   int heads;
   int heads_per_kv; // heads of q that share one of k and v
   int batch;
   int splits;       // blocks that share the images of one tile
+  // Along WALK, of every dilation group: the tiles of the stretch, and how many blocks share them.
+  int stretch_first, stretch_tiles, stretch_runs;
 };
 
 // Of a row that is a query, a key, or one and then the other.
@@ -79,9 +87,13 @@ __device__ constexpr int row_coordinate(int axis, int r) {
   return axis == 2 ? r % row_tile(2) : axis == 1 ? r / row_tile(2) % row_tile(1) : r / (row_tile(2) * row_tile(1));
 }
 
-// What a block and this thread's warp work on; the block stays at it for the images first_image, + splits, ...
+// Of a block.
+__device__ constexpr int block_rows(int axis) { return row_tile(axis) * warps(axis); }
+
+// What a block and this thread's warp work on; the block stays at it for the images first_image, + splits, ...: at this
+// tile, and at the next `run - 1` along WALK. Positions are those of the first one.
 struct Tile {
-  int head, first_image;
+  int head, first_image, run;
   int group[3], length[3];        // dilation group, and its number of positions n
   int block_first[3];             // first row of the block
   int row_first[3];               // first row of the warp
@@ -91,18 +103,22 @@ struct Tile {
 
   __device__ __forceinline__ explicit Tile(const Geometry& g) {
     unsigned block = blockIdx.x, warp = threadIdx.x / 32;
-    is_active = true;
+    is_active = true, run = 1;
+    // The index along WALK comes last, so that longer runs start before single tiles.
+    const unsigned of_walk = WALKS ? block / blocks_beside(g) : 0;
+    if (WALKS) block %= blocks_beside(g);
 #pragma unroll
     for (int axis = 2; axis >= 0; --axis) {
       const unsigned across = g.tiles[axis] * g.dilation[axis];
-      const unsigned at = block % across;
-      block /= across;
+      const unsigned at = axis == WALK ? of_walk : block % across;
+      block /= axis == WALK ? 1 : across;
       group[axis] = at % g.dilation[axis];
       length[axis] = group_length(g.length[axis], g.dilation[axis], group[axis]);
-      const int rows = row_tile(axis) * warps(axis), last = length[axis] - 1;
+      const int rows = block_rows(axis), last = length[axis] - 1;
+      const int tile = axis == WALK ? find_run(g, at / g.dilation[axis]) : int(at / g.dilation[axis]);
       // A shorter group may lack the last tile.
-      block_first[axis] = min(int(at / g.dilation[axis]) * rows, last);
-      const bool is_past = int(at / g.dilation[axis]) * rows > last;
+      block_first[axis] = min(tile * rows, last);
+      const bool is_past = tile * rows > last;
       row_first[axis] = block_first[axis] + int(warp % warps(axis)) * row_tile(axis);
       warp /= warps(axis);
       is_active = is_active && !is_past && row_first[axis] <= last;
@@ -114,6 +130,24 @@ struct Tile {
     }
     head = block % g.heads;
     first_image = block / g.heads;
+  }
+
+  // Blocks that are at the same place along WALK.
+  static __device__ __forceinline__ unsigned blocks_beside(const Geometry& g) {
+    return gridDim.x / (WALKS ? g.tiles[WALK % 3] * g.dilation[WALK % 3] : 1);
+  }
+  // Of this block among the `count` of its head.
+  __device__ __forceinline__ unsigned number(const Geometry& g, unsigned count) const {
+    const unsigned tiles = count / g.splits;
+    if (!WALKS) return first_image * tiles + blockIdx.x % tiles;
+    const unsigned beside = blocks_beside(g), along = gridDim.x / beside;
+    return (first_image * (tiles / along) + blockIdx.x % beside % (tiles / along)) * along + blockIdx.x / beside;
+  }
+
+  // Where what is fetched must end: at the group's end; where the tile is not the last one of a run, and along x, at the
+  // end of what any row of the block has.
+  __device__ __forceinline__ int fetch_end(int axis) const {
+    return axis == 2 || axis == WALK ? halo_end[axis] : length[axis];
   }
 
   // Position of row r of the warp's tile; past the end of the group it repeats the last one.
@@ -137,6 +171,61 @@ struct Tile {
   // Elements from (image, head) to the first token of the dilation group; heads of k and v are shared.
   __device__ __forceinline__ long long group_origin(const Layout& at, int of_head) const {
     return of_head * at.head + group[0] * at.token[0] + group[1] * at.token[1] + group[2] * at.token[2];
+  }
+
+ private:
+  // The first tile of the block that is `at` along WALK, whose run is found with it: first runs, the longer ones before
+  // the others, then tiles outside of the stretch.
+  __device__ __forceinline__ int find_run(const Geometry& g, int at) {
+    const int single = at - g.stretch_runs;
+    if (single >= 0) return single < g.stretch_first ? single : single + g.stretch_tiles;
+    const int least = g.stretch_tiles / g.stretch_runs, longer = g.stretch_tiles % g.stretch_runs;
+    run = least + (at < longer);
+    return g.stretch_first + at * least + min(at, longer);
+  }
+};
+
+// Where a block is: at an image, and at a tile of its run.
+struct Visit {
+  int image, walked;
+
+  __device__ __forceinline__ explicit Visit(const Tile& tile) : image(tile.first_image), walked(0) {}
+
+  __device__ __forceinline__ void advance(const Tile& tile, const Geometry& g) {
+    if (WALKS && ++walked < tile.run) return;
+    walked = 0;
+    image += g.splits;
+  }
+};
+
+// From a visit to the next one, in elements of a tensor (or in tokens).
+struct Leap {
+  long long to_tile, to_image;
+
+  // `image_step`: to the block's next image.
+  __device__ __forceinline__ Leap(const Tile& tile, long long tile_step, long long image_step)
+      : to_tile(tile_step), to_image(image_step - (WALKS ? (tile.run - 1) * tile_step : 0)) {}
+  __device__ __forceinline__ Leap(const Tile& tile, const Geometry& g, const Layout& at)
+      : Leap(tile, walk_step(g, at), g.splits * at.batch) {}
+
+  // From one tile of a run to the next.
+  static __device__ __forceinline__ long long walk_step(const Geometry& g, const Layout& at) {
+    return WALKS ? at.token[WALK % 3] * (block_rows(WALK % 3) * g.dilation[WALK % 3]) : 0;
+  }
+  static __device__ __forceinline__ int walk_tokens(const Geometry& g) {
+    int tokens = WALKS ? block_rows(WALK % 3) * g.dilation[WALK % 3] : 0;
+#pragma unroll
+    for (int axis = WALK + 1; axis < 3; ++axis) tokens *= g.length[axis];
+    return tokens;
+  }
+
+  __device__ __forceinline__ long long to(const Visit& next) const {
+    return WALKS && next.walked ? to_tile : to_image;
+  }
+  // From `visit` back to an earlier one.
+  __device__ __forceinline__ long long back(const Visit& visit, const Visit& earlier, const Tile& tile, int splits) const {
+    const long long images = (visit.image - earlier.image) / splits;
+    return images * (to_image + (WALKS ? (tile.run - 1) * to_tile : 0)) + (visit.walked - earlier.walked) * to_tile;
   }
 };
 

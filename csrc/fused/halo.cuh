@@ -40,8 +40,7 @@ constexpr int COVERED = (box(0) + (warps(0) - 1) * row_tile(0)) * (box(1) + (war
 constexpr bool IS_ROUNDED =
     NATRAIN_TF32_TERMS == 1 && NATRAIN_COLUMN_USES * WARPS * box(0) * box(1) * box(2) >= 2 * COVERED;
 
-// The columns of one stage, positions `first` .. first + chunk - 1 of the group; zeros past its end, and past
-// what any row of the block has along x.
+// The columns of one stage, positions `first` .. first + chunk - 1 of the group; zeros past `fetch_end`.
 template <int DIM>
 __device__ __forceinline__ void fetch_columns(unsigned shared, const Element* origin, const Step& stride, const Tile& tile,
                                               int z_first, int y_first, int x_first) {
@@ -58,18 +57,18 @@ __device__ __forceinline__ void fetch_columns(unsigned shared, const Element* or
   for (int x0 = 0; x0 < chunk(2); x0 += AT_ONCE_X) {
     const int x = x0 + x_thread;
     if (chunk(2) % AT_ONCE_X != 0 && x >= chunk(2)) break;
-    const bool has_x = x_first + x < tile.halo_end[2];
+    const bool has_x = x_first + x < tile.fetch_end(2);
     const Offset column = stride.to[2] * (x_first + x) + stride.to[1] * (y_first + y_thread) + stride.to[0] * z_first +
                           piece * int(16 / sizeof(Element));
     const unsigned to = shared + y_thread * chunk(2) * Format::PITCH + Format::at(x, piece);
 #pragma unroll
     for (int z = 0; z < chunk(0); ++z) {
-      const bool has_z = has_x && z_first + z < tile.length[0];
+      const bool has_z = has_x && z_first + z < tile.fetch_end(0);
       const Element* from = origin + (column + stride.to[0] * z);
 #pragma unroll
       for (int y = 0; y < chunk(1); y += AT_ONCE_Y) {
         if (chunk(1) % AT_ONCE_Y != 0 && y + y_thread >= chunk(1)) break;
-        const bool valid = has_z && y_first + y + y_thread < tile.length[1];
+        const bool valid = has_z && y_first + y + y_thread < tile.fetch_end(1);
         cp_async_16(to + (z * chunk(1) + y) * chunk(2) * Format::PITCH, from, valid);
         from += stride.to[1] * AT_ONCE_Y;
       }

@@ -35,12 +35,14 @@ __device__ __forceinline__ void fill_table(unsigned char* shared, const Tile& ti
   }
 }
 
+static_assert(!WALKS || !(IS_GROUPED || HAS_KEY_MASK || HAS_DROPOUT));
+
 // Where a stage's tokens are: the head of q `member` of those that share a key, the chunk's first position in the halo.
-struct Place {
-  int image, member;
+struct Place : Visit {
+  int member;
   int at[3];
 
-  __device__ __forceinline__ explicit Place(const Tile& tile) : image(tile.first_image), member(0), at{0, 0, 0} {}
+  __device__ __forceinline__ explicit Place(const Tile& tile) : Visit(tile), member(0), at{0, 0, 0} {}
 
   __device__ __forceinline__ bool is_first() const { return RESIDENT || (at[0] == 0 && at[1] == 0 && at[2] == 0); }
   __device__ __forceinline__ bool is_last(const Tile& tile) const {
@@ -63,7 +65,12 @@ struct Place {
       if (++member < g.heads_per_kv) return;
       member = 0;
     }
-    image += g.splits;
+    Visit::advance(tile, g);
+  }
+  __device__ __forceinline__ Visit next_visit(const Tile& tile, const Geometry& g) const {
+    Visit next = *this;
+    next.advance(tile, g);
+    return next;
   }
 };
 
@@ -85,7 +92,7 @@ __device__ __forceinline__ T* lane_row(const Geometry& g, const Tile& tile, T* d
   return data + (tile.first_image * at.batch + tile.group_origin(at, head) + row_offset(tile, Step(g, at), threadIdx.x % 32 / 2));
 }
 
-// The stages of shared memory, fetched ahead of use. Pointers are those of the next stage, and move from image to image.
+// The stages of shared memory, fetched ahead of use. Pointers are those of the next stage, and move from visit to visit.
 class Stream {
   const Geometry& g;
   const Tile& tile;
@@ -162,7 +169,8 @@ class Stream {
 
  private:
   __device__ __forceinline__ void advance() {
-    const int image = place.image, member = place.member;
+    const Visit before = place;
+    const int member = place.member;
     place.advance(tile, g);
     // Heads of q that share one of k and v follow each other.
     const long long heads = ROWS_ARE_KEYS ? place.member - member : 0;
@@ -171,13 +179,14 @@ class Stream {
       columns_2 += heads * columns_2_at.head;
       statistics += heads * tokens;
     }
-    if ((RESIDENT && !IS_GROUPED) || place.image != image) {
-      columns_1 += g.splits * columns_1_at.batch;
-      columns_2 += g.splits * columns_2_at.batch;
-      row_1 += g.splits * rows_1_at.batch;
-      row_2 += g.splits * rows_2_at.batch;
-      if (!ROWS_ARE_KEYS) row_3 += g.splits * rows_3_at.batch;
-      statistics += g.splits * (long long)(g.heads * heads_per_kv(g)) * tokens;
+    if ((RESIDENT && !IS_GROUPED) || place.image != before.image || (WALKS && place.walked != before.walked)) {
+      columns_1 += Leap(tile, g, columns_1_at).to(place);
+      columns_2 += Leap(tile, g, columns_2_at).to(place);
+      row_1 += Leap(tile, g, rows_1_at).to(place);
+      row_2 += Leap(tile, g, rows_2_at).to(place);
+      if (!ROWS_ARE_KEYS) row_3 += Leap(tile, g, rows_3_at).to(place);
+      const long long to_image = g.splits * (long long)(g.heads * heads_per_kv(g)) * tokens;
+      statistics += Leap(tile, Leap::walk_tokens(g), to_image).to(place);
     }
   }
 
@@ -189,7 +198,7 @@ class Stream {
 #pragma unroll
     for (int axis = 0; axis < 3; ++axis) {
       const int position = first[axis] + in_chunk[axis];
-      valid = valid && position < tile.length[axis];
+      valid = valid && position < (axis == WALK ? tile.fetch_end(axis) : tile.length[axis]);
       at = at * g.length[axis] + position * g.dilation[axis] + tile.group[axis];
     }
     return valid ? at : -1;

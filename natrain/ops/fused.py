@@ -26,7 +26,7 @@ from natrain.jit import cuda
 from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel, can_overlap
 from natrain.ops.dropout import drop_threshold
-from natrain.ops.fused_forward_plan import choose_plan
+from natrain.ops.fused_forward_plan import choose_plan, demands_of_forward
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
     demands_of_kv,
@@ -49,8 +49,8 @@ MAX_BIAS_WORKSPACE = 2**28
 _WIDE_FLOAT32 = 0.7
 
 # After struct Geometry: scale, keep_scale, drop_threshold and the addresses.
-_FORWARD = struct.Struct("=2fI8Q")
-_BACKWARD = struct.Struct("=2fI4x16Q")
+_FORWARD = struct.Struct("=2fI4x8Q")
+_BACKWARD = struct.Struct("=2fI16Q")
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,7 @@ def _plan(kernel: str, space: Space, demands: Demands, device: Device, bias_entr
 
 def forward_part(problem: Problem, constants: _Constants, device: Device) -> _Part:
     space, device = _space(problem), device_for(problem, device)
-    demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype)
-    plan = _plan("forward", space, demands, device)
+    plan = _plan("forward", space, demands_of_forward(problem), device)
     return _part("forward", problem, constants, plan, plan.geometry(space))
 
 
@@ -204,9 +203,9 @@ def backward_parts(problem: Problem, constants: _Constants, device: Device) -> l
     wide = problem.head_dim + problem.value_dim > 256
     for gradients in (1, 2) if wide else (3,):
         plan = _plan("backward_kv", space, demands_of_kv(problem, gradients), device)
+        of_kv = struct.unpack("16i", plan.geometry(space))
         geometry = struct.pack(
-            "14i", *struct.unpack("10i", plan.geometry(space)[:40]), problem.heads // problem.kv_heads,
-            problem.batch, plan.splits, partials,
+            "17i", *of_kv[:10], problem.heads // problem.kv_heads, *of_kv[11:], partials,
         )  # fmt: skip
         # The first that runs adds up the bias gradient.
         bias = {"NATRAIN_BIAS_GRAD": int(problem.has_rpb and gradients != 2), "NATRAIN_GRADIENTS": gradients, **grouped}

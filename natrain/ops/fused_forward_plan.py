@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
 from natrain.ops.fused_search import Costs, Search
 from natrain.ops.geometry import under_no_mode
+from natrain.ops.problem import Problem
 
 _COSTS = Costs(
     tile=557,
@@ -22,6 +24,12 @@ _COSTS = Costs(
     moved=2,
     registers=((48, 1.62), (150, 1.2)),
 )
+
+
+def demands_of_forward(problem: Problem) -> Demands:
+    """Of csrc/fused/forward.cu."""
+    demands = Demands.of_forward(problem.head_dim, problem.value_dim, problem.dtype)
+    return replace(demands, may_walk=not (problem.has_key_mask or problem.has_dropout))
 
 
 def candidates(space: Space, demands: Demands, device: Device) -> Iterator[Plan]:

@@ -28,6 +28,10 @@ def _held_registers(dim: int, itemsize: int) -> int:
     return held if held <= 48 else 4
 
 
+def _may_walk(problem: Problem) -> bool:
+    return not (problem.has_key_mask or problem.has_dropout or problem.is_grouped)
+
+
 def demands_of_q(problem: Problem) -> Demands:
     """Of csrc/fused/backward_q.cu."""
     head_dim, value_dim, itemsize = problem.head_dim, problem.value_dim, problem.dtype.itemsize
@@ -40,6 +44,7 @@ def demands_of_q(problem: Problem) -> Demands:
         most_groups=_GROUPS_HELD if problem.has_rpb else 16,
         row_buffers=3,
         fewest_stages=1,
+        may_walk=_may_walk(problem),
     )
 
 
@@ -58,6 +63,7 @@ def demands_of_kv(problem: Problem, gradients: int) -> Demands:
         column_bytes=8,
         rows_are="keys",
         fewest_stages=1,
+        may_walk=_may_walk(problem),
     )
 
 

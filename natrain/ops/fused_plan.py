@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from natrain.ops.fused_tiles import Classes, Rows, Space, row_pitch
+from natrain.ops.fused_tiles import Classes, Rows, Space, Stretch, row_pitch
 
 # Shared memory of a multiprocessor, and the most a block may have, in KiB by compute capability (CUDA C++ Programming
 # Guide, technical specifications).
@@ -62,6 +62,7 @@ class Demands:
         registers: of a thread, besides those of scores.
         per_group: registers of 16 columns of scores.
         most_groups: groups of 16 columns that fit the registers at once.
+        may_walk: a block may go from a tile to others like it (key masks, dropout and shared keys ask where a tile is).
     """
 
     columns: tuple[int, ...]
@@ -73,6 +74,7 @@ class Demands:
     column_bytes: int = 0
     rows_are: Rows = "queries"
     fewest_stages: int = 2
+    may_walk: bool = True
 
     @staticmethod
     def of_forward(head_dim: int, value_dim: int, dtype: torch.dtype) -> Demands:
@@ -87,8 +89,25 @@ class Demands:
 
 
 @dataclass(frozen=True)
+class Walk:
+    """Along ``axis`` so many ``runs`` share a stretch of tiles that are alike: a block walks over one of them."""
+
+    axis: int
+    stretch: Stretch
+    runs: int
+
+    def blocks(self, tiles: int) -> int:
+        """Along the axis, for ``tiles`` of which those outside of the stretch have a block each."""
+        return tiles - self.stretch.count + self.runs
+
+
+@dataclass(frozen=True)
 class Plan:
-    """One way to cover a problem; ``cost`` is the model's estimate in cycles of a multiprocessor."""
+    """One way to cover a problem.
+
+    ``tiles``: blocks along each axis of a dilation group, for one image and head. ``cycles``: of a multiprocessor for
+    one image of all its blocks; ``cost``: for all there is; both by the model.
+    """
 
     row_tile: tuple[int, int, int]
     warps: tuple[int, int, int]
@@ -106,7 +125,9 @@ class Plan:
     splits: int
     grid: int
     rows_are: Rows
+    cycles: float
     cost: float
+    walk: Walk | None = None
 
     @property
     def threads(self) -> int:
@@ -127,6 +148,7 @@ class Plan:
             "NATRAIN_SHARED_BYTES": self.shared_bytes,
             "NATRAIN_ROWS": ("queries", "keys", "both").index(self.rows_are),
             "NATRAIN_MOST_STAGED_BIAS": STAGED_BIAS_BYTES,
+            "NATRAIN_WALK": 3 if self.walk is None else self.walk.axis,
         }
         if self.classes is not None:
             defines |= {
@@ -139,8 +161,10 @@ class Plan:
 
     def geometry(self, problem: Space) -> bytes:
         """``struct Geometry`` of csrc/fused/geometry.cuh."""
+        walk = self.walk or Walk(3, Stretch(0, 0), 1)
         return struct.pack(
-            "13i",
+            "16i",
             *(axis.length for axis in problem.axes), *(axis.dilation for axis in problem.axes), *self.tiles,
             problem.heads, problem.heads // problem.kv_heads, problem.batch, self.splits,
+            walk.stretch.first, walk.stretch.count, walk.runs,
         )  # fmt: skip

@@ -11,12 +11,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from natrain.ops import fused_tuned
 from natrain.ops.fused_measured import measured, measured_choice
-from natrain.ops.fused_plan import STAGED_BIAS_BYTES, Demands, Device, Plan, shared_capacity
+from natrain.ops.fused_plan import STAGED_BIAS_BYTES, Demands, Device, Plan, Walk, shared_capacity
 from natrain.ops.fused_tiles import (
     Classes,
     Space,
@@ -25,6 +25,7 @@ from natrain.ops.fused_tiles import (
     line_multiple,
     round_up,
     row_pitch,
+    stretch_of,
     table_bytes,
 )
 
@@ -46,6 +47,8 @@ _UNROUNDED, _LONE_WARP = 1.6, 1.2
 # Exponent of what warps idle with chunks: the others have the multiprocessor for themselves. Of 225 plans each of
 # forward, dQ and dK, dV it leaves the choice 1.8, 2.3 and 0.5 % nearer to the best.
 _IDLE = 0.3
+# Blocks walk where that is estimated to spare this part of the time: what walking costs is not in the model.
+_LEAST_GAIN = 0.05
 
 
 def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
@@ -212,8 +215,41 @@ class Search:
         splits, images = _splits(self.space.batch, block.combinations, slots, setup)
         return Plan(
             block.row_tile, block.warps, block.box, *columns, stages, blocks, shared_bytes, block.tiles, splits,
-            block.combinations * splits, self.demands.rows_are, images * cycles,
+            block.combinations * splits, self.demands.rows_are, cycles, images * cycles,
         )  # fmt: skip
+
+    def walking(self, plan: Plan) -> Plan:
+        """``plan``, or where blocks that walk over tiles would spare time, that: they find start values once for all.
+
+        Of most problems every block has many images, for which it has found them once anyway.
+        """
+        setup = _SETUP_CYCLES[plan.start_table] / plan.cycles
+        images = -(-self.space.batch // plan.splits) + setup
+        if not self.demands.may_walk or setup < _LEAST_GAIN * images:
+            return plan
+        slots = self.device.multiprocessors * plan.min_blocks
+        least = (1 - _LEAST_GAIN) * _makespan(slots, plan.grid, images)
+        for time, other in self._walks(plan, setup, slots):
+            if time < least:
+                least, plan = time, other
+        return plan
+
+    def _walks(self, plan: Plan, setup: float, slots: int) -> Iterator[tuple[float, Plan]]:
+        """(estimated time in images, plan) of the ways to walk."""
+        for number, axis in enumerate(self.space.axes):
+            tiles = plan.tiles[number]
+            stretch = stretch_of(axis, self.demands.rows_are, plan.row_tile[number] * plan.warps[number])
+            for runs in sorted({-(-stretch.count // longest) for longest in range(2, stretch.count + 1)}):
+                walk = Walk(number, stretch, runs)
+                along = list(plan.tiles)
+                along[number] = walk.blocks(tiles)
+                for splits in sorted({1, plan.splits}):
+                    images = -(-self.space.batch // splits)
+                    lines = plan.grid // plan.splits // tiles * splits
+                    singles = lines * (tiles - stretch.count), images + setup
+                    time = _makespan(slots, lines * runs, -(-stretch.count // runs) * images + setup, *singles)
+                    grid = lines * walk.blocks(tiles)
+                    yield time, replace(plan, tiles=tuple(along), splits=splits, grid=grid, walk=walk)
 
     @staticmethod
     def rank(plan: Plan) -> tuple[float, ...]:
@@ -223,6 +259,10 @@ class Search:
     def best(self, kernel: str) -> Plan | None:
         """The plan that was measured to be best (``kernel`` as in ``measured``), on this GPU or on ours, where one was,
         else that of the least cost; None where none is legal."""
+        plan = self._best(kernel)
+        return plan and self.walking(plan)
+
+    def _best(self, kernel: str) -> Plan | None:
         if own := fused_tuned.find(kernel, self.space, self.demands, self.device):
             plans = self.plans(tuple(own["row_tile"]), tuple(own["warps"]))
             if plan := fused_tuned.matching(own, plans):
@@ -449,6 +489,15 @@ def _idleness(block: Block, chunk: tuple[int, int, int]) -> float:
 def _setup_images(draft: Draft, cycles: float) -> float:
     """Of a block, in images of ``cycles``."""
     return round(_SETUP_CYCLES[draft.columns.start_table] / cycles, 2)
+
+
+def _makespan(slots: int, blocks: int, time: float, short_blocks: int = 0, short: float = 1) -> float:
+    """Until the last of ``blocks`` that take ``time`` each, and of ``short_blocks`` that start after them, ends."""
+    if blocks >= 4 * slots:
+        return (blocks * time + short_blocks * short) / slots + time / 2
+    rounds = -(-blocks // slots)
+    fitting = (rounds * slots - blocks) * int(time / short)
+    return rounds * time + -(-max(0, short_blocks - fitting) // slots) * short
 
 
 @functools.lru_cache(maxsize=65536)

@@ -10,8 +10,10 @@ import torch
 
 import natrain
 from natrain.ops import fused
-from natrain.ops.fused_gradient_plan import demands_of_qkv, gradient_plans
-from natrain.ops.fused_plan import Space
+from natrain.ops.fused_forward_plan import choose_plan
+from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_qkv, gradient_plans
+from natrain.ops.fused_plan import Plan, Space
+from natrain.ops.fused_search import Search
 from natrain.ops.precision import tf32_products
 from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
@@ -182,6 +184,51 @@ def test_packed_and_misaligned_tensors():
             expected = natrain.na2d(q, k, v, (5, 3), kernel="fused")
             grads = torch.autograd.grad(expected, (q, k, v), d_out.contiguous())
             assert torch.equal(out, expected) and torch.equal(d_packed, torch.stack(grads, -3))
+
+
+WALKED = [
+    (Case(2, (150,), 2, 16, (9,), (1,), (1,), (False,), True), 2),
+    (Case(2, (131,), 2, 8, (5,), (2,), (1,), (True,), False), 2),
+    (Case(1, (200,), 1, 16, (4,), (1,), (2,), (False,), False), 2),
+    (Case(1, (330,), 1, 16, (101,), (1,), (1,), (False,), True), 2),  # in chunks
+    (Case(2, (46, 9), 2, 32, (7, 3), (1, 1), (1, 1), (False, False), True), 1),
+    (Case(1, (9, 75), 1, 8, (5, 5), (1, 2), (1, 1), (True, False), True), 2),
+    (Case(1, (70, 20), 1, 16, (17, 17), (1, 1), (1, 1), (False, False), False), 1),  # in chunks
+    (Case(1, (41, 5, 6), 1, 16, (5, 3, 3), (1, 1, 1), (1, 1, 1), (False, False, False), True), 0),
+    (Case(2, (5, 39, 4), 2, 8, (3, 4, 2), (1, 1, 2), (1, 1, 1), (True, False, False), True), 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "axis", "dtype"),
+    [(*walked, torch.bfloat16) for walked in WALKED] + [(*WALKED[i], torch.float32) for i in (0, 1, 4)],
+    ids=str,
+)
+def test_blocks_walk_over_tiles(case, axis, dtype, monkeypatch):
+    """In every kernel; runs of unlike lengths, and tiles at both ends that are in none."""
+    monkeypatch.setattr(fused, "device_of", lambda index: fused.Device((9, 0), 1))
+    taken = []
+
+    def walking(search: Search, plan: Plan) -> Plan:
+        plans = [plan, *(other for other in search.plans() if other.threads in (32, 64))]
+        walks = [
+            walk
+            for other in sorted(plans, key=lambda plan: plan.cost)
+            for _, walk in search._walks(other, 0.5, 4)
+            if walk.walk.axis == axis
+        ]
+        uneven = [walk for walk in walks if walk.walk.stretch.count % walk.walk.runs]
+        taken.append((uneven or walks)[0])
+        return taken[-1]
+
+    monkeypatch.setattr(Search, "walking", walking)
+    for function in (choose_plan, choose_gradient_plan):
+        function.cache_clear()
+    with fused.launching({}):
+        check(case, dtype, seed=1)
+    for function in (choose_plan, choose_gradient_plan):
+        function.cache_clear()
+    assert len(taken) >= 2 and all(plan.walk is not None for plan in taken)
 
 
 def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):
