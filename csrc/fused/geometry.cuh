@@ -13,6 +13,7 @@
 //   NATRAIN_CHUNK      extents of what one stage of shared memory holds; the whole halo if NATRAIN_RESIDENT
 //   NATRAIN_STEP       extents of what a warp computes at once: the box if NATRAIN_RESIDENT
 //   NATRAIN_WALK       the axis along which a block walks from a tile to others that are like it; 3: none
+//   NATRAIN_WALK_OVER  what lies along it: 0 tiles, 1 dilation groups
 // and NATRAIN_DTYPE, NATRAIN_HEAD_DIM, NATRAIN_VALUE_DIM, NATRAIN_OFFSET (int where every offset inside an image fits, else
 // long long), NATRAIN_ROWS (a Side).
 #pragma once
@@ -53,9 +54,10 @@ constexpr bool CHUNKED_X = NATRAIN_CHUNKED_X;
 static_assert(!CHUNKED_X || step(2) == chunk(2));
 
 // Tiles whose rows stand alike in their windows, none at a border, share all that is relative to their halo: start values,
-// offsets, masks. A block that walks over a *stretch* of them finds these once. Few images are then as good as many.
+// offsets, masks. So do equal tiles of dilation groups of one length. A block that walks over a *stretch* of them finds
+// these once. Few images are then as good as many.
 constexpr int WALK = NATRAIN_WALK;
-constexpr bool WALKS = WALK < 3;
+constexpr bool WALKS = WALK < 3, WALKS_GROUPS = WALKS && NATRAIN_WALK_OVER;
 
 struct Geometry {
   int length[3];    // tokens
@@ -65,8 +67,9 @@ struct Geometry {
   int heads_per_kv; // heads of q that share one of k and v
   int batch;
   int splits;       // blocks that share the images of one tile
-  // Along WALK, of every dilation group: the tiles of the stretch, and how many blocks share them.
-  int stretch_first, stretch_tiles, stretch_runs;
+  // Along WALK: of every dilation group the tiles of the stretch, and how many blocks share them. Of groups: the longer
+  // ones and how many blocks share them; `stretch_first` share the others.
+  int stretch_first, stretch_count, stretch_runs;
 };
 
 // Of a row that is a query, a key, or one and then the other.
@@ -109,13 +112,13 @@ struct Tile {
     if (WALKS) block %= blocks_beside(g);
 #pragma unroll
     for (int axis = 2; axis >= 0; --axis) {
-      const unsigned across = g.tiles[axis] * g.dilation[axis];
-      const unsigned at = axis == WALK ? of_walk : block % across;
-      block /= axis == WALK ? 1 : across;
-      group[axis] = at % g.dilation[axis];
+      const unsigned at = axis == WALK ? of_walk : block % blocks_along(g, axis);
+      block /= axis == WALK ? 1 : blocks_along(g, axis);
+      const unsigned groups = groups_along(g, axis);
+      group[axis] = axis == WALK && WALKS_GROUPS ? find_groups(g, at % groups) : at % groups;
       length[axis] = group_length(g.length[axis], g.dilation[axis], group[axis]);
       const int rows = block_rows(axis), last = length[axis] - 1;
-      const int tile = axis == WALK ? find_run(g, at / g.dilation[axis]) : int(at / g.dilation[axis]);
+      const int tile = axis == WALK && !WALKS_GROUPS ? find_tiles(g, at / groups) : int(at / groups);
       // A shorter group may lack the last tile.
       block_first[axis] = min(tile * rows, last);
       const bool is_past = tile * rows > last;
@@ -132,9 +135,16 @@ struct Tile {
     first_image = block / g.heads;
   }
 
+  // Dilation groups, or runs of them.
+  static __device__ __forceinline__ unsigned groups_along(const Geometry& g, int axis) {
+    return axis == WALK && WALKS_GROUPS ? g.stretch_runs + g.stretch_first : g.dilation[axis];
+  }
+  static __device__ __forceinline__ unsigned blocks_along(const Geometry& g, int axis) {
+    return g.tiles[axis] * groups_along(g, axis);
+  }
   // Blocks that are at the same place along WALK.
   static __device__ __forceinline__ unsigned blocks_beside(const Geometry& g) {
-    return gridDim.x / (WALKS ? g.tiles[WALK % 3] * g.dilation[WALK % 3] : 1);
+    return gridDim.x / (WALKS ? blocks_along(g, WALK % 3) : 1);
   }
   // Of this block among the `count` of its head.
   __device__ __forceinline__ unsigned number(const Geometry& g, unsigned count) const {
@@ -174,14 +184,23 @@ struct Tile {
   }
 
  private:
-  // The first tile of the block that is `at` along WALK, whose run is found with it: first runs, the longer ones before
-  // the others, then tiles outside of the stretch.
-  __device__ __forceinline__ int find_run(const Geometry& g, int at) {
+  // The first tile of the block that is `at` along WALK, whose run is found with it: first runs, then tiles outside of the
+  // stretch.
+  __device__ __forceinline__ int find_tiles(const Geometry& g, int at) {
     const int single = at - g.stretch_runs;
-    if (single >= 0) return single < g.stretch_first ? single : single + g.stretch_tiles;
-    const int least = g.stretch_tiles / g.stretch_runs, longer = g.stretch_tiles % g.stretch_runs;
-    run = least + (at < longer);
-    return g.stretch_first + at * least + min(at, longer);
+    if (single >= 0) return single < g.stretch_first ? single : single + g.stretch_count;
+    return g.stretch_first + find_run(g.stretch_count, g.stretch_runs, at);
+  }
+  // The first group of the block, and its run: first longer groups, then the others.
+  __device__ __forceinline__ int find_groups(const Geometry& g, int at) {
+    if (at < g.stretch_runs) return find_run(g.stretch_count, g.stretch_runs, at);
+    return g.stretch_count + find_run(g.dilation[WALK % 3] - g.stretch_count, g.stretch_first, at - g.stretch_runs);
+  }
+  // Where the `index`-th of `runs` that share `count` begins; the longer ones come first.
+  __device__ __forceinline__ int find_run(int count, int runs, int index) {
+    const int least = count / runs, longer = count % runs;
+    run = least + (index < longer);
+    return index * least + min(index, longer);
   }
 };
 
@@ -208,15 +227,19 @@ struct Leap {
   __device__ __forceinline__ Leap(const Tile& tile, const Geometry& g, const Layout& at)
       : Leap(tile, walk_step(g, at), g.splits * at.batch) {}
 
-  // From one tile of a run to the next.
   static __device__ __forceinline__ long long walk_step(const Geometry& g, const Layout& at) {
-    return WALKS ? at.token[WALK % 3] * (block_rows(WALK % 3) * g.dilation[WALK % 3]) : 0;
+    return WALKS ? at.token[WALK % 3] * walk_positions(g) : 0;
   }
   static __device__ __forceinline__ int walk_tokens(const Geometry& g) {
-    int tokens = WALKS ? block_rows(WALK % 3) * g.dilation[WALK % 3] : 0;
+    int tokens = WALKS ? walk_positions(g) : 0;
 #pragma unroll
     for (int axis = WALK + 1; axis < 3; ++axis) tokens *= g.length[axis];
     return tokens;
+  }
+
+  // From one tile of a run to the next, along WALK.
+  static __device__ __forceinline__ int walk_positions(const Geometry& g) {
+    return WALKS_GROUPS ? 1 : block_rows(WALK % 3) * g.dilation[WALK % 3];
   }
 
   __device__ __forceinline__ long long to(const Visit& next) const {

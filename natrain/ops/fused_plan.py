@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from natrain.ops.fused_tiles import Classes, Rows, Space, Stretch, row_pitch
+from natrain.ops.fused_tiles import Classes, Rows, Space, row_pitch
 
 # Shared memory of a multiprocessor, and the most a block may have, in KiB by compute capability (CUDA C++ Programming
 # Guide, technical specifications).
@@ -90,15 +90,17 @@ class Demands:
 
 @dataclass(frozen=True)
 class Walk:
-    """Along ``axis`` so many ``runs`` share a stretch of tiles that are alike: a block walks over one of them."""
+    """Along ``axis`` so many ``runs`` share ``count`` tiles that are alike: a block walks over one of them.
+
+    Of each dilation group those from ``first`` on; or over groups, the same tile of those of one length: ``count`` are
+    longer, and ``first`` runs share the others.
+    """
 
     axis: int
-    stretch: Stretch
+    is_over_groups: bool
+    first: int
+    count: int
     runs: int
-
-    def blocks(self, tiles: int) -> int:
-        """Along the axis, for ``tiles`` of which those outside of the stretch have a block each."""
-        return tiles - self.stretch.count + self.runs
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Plan:
             "NATRAIN_ROWS": ("queries", "keys", "both").index(self.rows_are),
             "NATRAIN_MOST_STAGED_BIAS": STAGED_BIAS_BYTES,
             "NATRAIN_WALK": 3 if self.walk is None else self.walk.axis,
+            "NATRAIN_WALK_OVER": int(self.walk is not None and self.walk.is_over_groups),
         }
         if self.classes is not None:
             defines |= {
@@ -161,10 +164,10 @@ class Plan:
 
     def geometry(self, problem: Space) -> bytes:
         """``struct Geometry`` of csrc/fused/geometry.cuh."""
-        walk = self.walk or Walk(3, Stretch(0, 0), 1)
+        walk = self.walk or Walk(3, False, 0, 0, 1)
         return struct.pack(
             "16i",
             *(axis.length for axis in problem.axes), *(axis.dilation for axis in problem.axes), *self.tiles,
             problem.heads, problem.heads // problem.kv_heads, problem.batch, self.splits,
-            walk.stretch.first, walk.stretch.count, walk.runs,
+            walk.first, walk.count, walk.runs,
         )  # fmt: skip

@@ -236,20 +236,31 @@ class Search:
 
     def _walks(self, plan: Plan, setup: float, slots: int) -> Iterator[tuple[float, Plan]]:
         """(estimated time in images, plan) of the ways to walk."""
-        for number, axis in enumerate(self.space.axes):
-            tiles = plan.tiles[number]
-            stretch = stretch_of(axis, self.demands.rows_are, plan.row_tile[number] * plan.warps[number])
-            for runs in sorted({-(-stretch.count // longest) for longest in range(2, stretch.count + 1)}):
-                walk = Walk(number, stretch, runs)
-                along = list(plan.tiles)
-                along[number] = walk.blocks(tiles)
-                for splits in sorted({1, plan.splits}):
-                    images = -(-self.space.batch // splits)
-                    lines = plan.grid // plan.splits // tiles * splits
-                    singles = lines * (tiles - stretch.count), images + setup
-                    time = _makespan(slots, lines * runs, -(-stretch.count // runs) * images + setup, *singles)
-                    grid = lines * walk.blocks(tiles)
+        for splits in sorted({1, plan.splits}):
+            images = -(-self.space.batch // splits)
+            for number, axis in enumerate(self.space.axes):
+                tiles = plan.tiles[number]
+                # Blocks of every tile along the axis, and of every group.
+                beside = plan.grid // plan.splits // tiles // axis.dilation * splits
+                stretch = stretch_of(axis, self.demands.rows_are, plan.row_tile[number] * plan.warps[number])
+                others = tiles - stretch.count
+                for runs in _fewer(stretch.count):
+                    along = list(plan.tiles)
+                    along[number] = others + runs
+                    lines = beside * axis.dilation
+                    run = -(-stretch.count // runs) * images + setup
+                    time = _makespan(slots, lines * runs, run, lines * others, images + setup)
+                    walk = Walk(number, False, stretch.first, stretch.count, runs)
+                    grid = lines * (others + runs)
                     yield time, replace(plan, tiles=tuple(along), splits=splits, grid=grid, walk=walk)
+                longer = axis.length % axis.dilation or axis.dilation
+                shorter = axis.dilation - longer
+                for run in range(2, max(longer, shorter) + 1 if axis.dilation > 1 else 2):
+                    walk = Walk(number, True, -(-shorter // run), longer, -(-longer // run))
+                    blocks = beside * tiles * (walk.first + walk.runs)
+                    longest = max(-(-longer // walk.runs), -(-shorter // max(1, walk.first)))
+                    time = _makespan(slots, blocks, longest * images + setup)
+                    yield time, replace(plan, splits=splits, grid=blocks, walk=walk)
 
     @staticmethod
     def rank(plan: Plan) -> tuple[float, ...]:
@@ -489,6 +500,11 @@ def _idleness(block: Block, chunk: tuple[int, int, int]) -> float:
 def _setup_images(draft: Draft, cycles: float) -> float:
     """Of a block, in images of ``cycles``."""
     return round(_SETUP_CYCLES[draft.columns.start_table] / cycles, 2)
+
+
+def _fewer(count: int) -> list[int]:
+    """Numbers of runs that share ``count`` tiles, some of them two at the least."""
+    return sorted({-(-count // longest) for longest in range(2, count + 1)})
 
 
 def _makespan(slots: int, blocks: int, time: float, short_blocks: int = 0, short: float = 1) -> float:

@@ -197,14 +197,22 @@ WALKED = [
     (Case(1, (41, 5, 6), 1, 16, (5, 3, 3), (1, 1, 1), (1, 1, 1), (False, False, False), True), 0),
     (Case(2, (5, 39, 4), 2, 8, (3, 4, 2), (1, 1, 2), (1, 1, 1), (True, False, False), True), 1),
 ]
+# Over dilation groups, of two lengths.
+WALKED_GROUPS = [
+    (Case(1, (83,), 2, 16, (5,), (7,), (1,), (False,), False), 2),
+    (Case(2, (23, 10), 1, 16, (3, 3), (5, 2), (1, 1), (False, True), True), 1),
+    (Case(1, (9, 5, 29), 1, 16, (3, 3, 5), (2, 1, 5), (1, 1, 1), (False, False, False), True), 2),
+]
 
 
 @pytest.mark.parametrize(
-    ("case", "axis", "dtype"),
-    [(*walked, torch.bfloat16) for walked in WALKED] + [(*WALKED[i], torch.float32) for i in (0, 1, 4)],
+    ("case", "axis", "over_groups", "dtype"),
+    [(*walked, False, torch.bfloat16) for walked in WALKED]
+    + [(*walked, True, torch.bfloat16) for walked in WALKED_GROUPS]
+    + [(*WALKED[i], False, torch.float32) for i in (0, 1, 4)],
     ids=str,
 )
-def test_blocks_walk_over_tiles(case, axis, dtype, monkeypatch):
+def test_blocks_walk(case, axis, over_groups, dtype, monkeypatch):
     """In every kernel; runs of unlike lengths, and tiles at both ends that are in none."""
     monkeypatch.setattr(fused, "device_of", lambda index: fused.Device((9, 0), 1))
     taken = []
@@ -215,9 +223,9 @@ def test_blocks_walk_over_tiles(case, axis, dtype, monkeypatch):
             walk
             for other in sorted(plans, key=lambda plan: plan.cost)
             for _, walk in search._walks(other, 0.5, 4)
-            if walk.walk.axis == axis
+            if (walk.walk.axis, walk.walk.is_over_groups) == (axis, over_groups)
         ]
-        uneven = [walk for walk in walks if walk.walk.stretch.count % walk.walk.runs]
+        uneven = [walk for walk in walks if walk.walk.count % walk.walk.runs]
         taken.append((uneven or walks)[0])
         return taken[-1]
 
