@@ -17,13 +17,13 @@ from natrain.bench.truth import random_inputs
 from natrain.errors import invalid
 from natrain.jit import cuda
 from natrain.ops import fused, fused_tuned
-from natrain.ops.fused_forward_plan import candidates, choose_plan
+from natrain.ops.fused_forward_plan import choose_plan, forward_search
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
     demands_of_kv,
     demands_of_q,
     demands_of_qkv,
-    gradient_plans,
+    gradient_search,
     least_gradient_cost,
 )
 from natrain.ops.fused_plan import Demands, Device, Plan, Space
@@ -81,17 +81,21 @@ def plans(case: Case, device: Device, most: int, kernel: str = "forward") -> lis
         )  # fmt: skip
     if kernel == "forward":
         chosen = choose_plan(asked.space, asked.demands, device)
-        others = candidates(asked.space, asked.demands, device)
+        search = forward_search(asked.space, asked.demands, device)
     else:
         chosen = choose_gradient_plan(asked.space, asked.demands, device, asked.bias_entries)
-        others = gradient_plans(asked.space, asked.demands, device, asked.bias_entries)
+        search = gradient_search(asked.space, asked.demands, device, asked.bias_entries)
     alike: Counter = Counter()
     found = [chosen]
-    for plan in sorted(others, key=lambda plan: plan.cost):
+    for plan in sorted(search.plans(), key=lambda plan: plan.cost):
+        if len(found) > most:
+            break
         kind = plan.row_tile, plan.warps
-        if 4 * plan.grid * asked.bias_entries > fused.MAX_BIAS_WORKSPACE:
+        if alike[kind] == 4 or 4 * plan.grid * asked.bias_entries > fused.MAX_BIAS_WORKSPACE:
             continue
-        if plan != chosen and alike[kind] < 4 and len(found) <= most:
+        # As it would be launched.
+        plan = search.walking(plan)
+        if plan != chosen:
             alike[kind] += 1
             found.append(plan)
     return found

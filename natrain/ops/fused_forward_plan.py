@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
@@ -32,9 +31,9 @@ def demands_of_forward(problem: Problem) -> Demands:
     return replace(demands, may_walk=not (problem.has_key_mask or problem.has_dropout))
 
 
-def candidates(space: Space, demands: Demands, device: Device) -> Iterator[Plan]:
-    """Every legal plan, at the cost of forward."""
-    return Search(space, demands, device, _COSTS).plans()
+def forward_search(space: Space, demands: Demands, device: Device) -> Search:
+    """Of the plans of forward, at its costs."""
+    return Search(space, demands, device, _COSTS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,7 +44,7 @@ def choose_plan(space: Space, demands: Demands, device: Device) -> Plan:
     Raises:
         ValueError: none is legal (a device with little shared memory, a large head dim).
     """
-    plan = Search(space, demands, device, _COSTS).best("forward")
+    plan = forward_search(space, demands, device).best("forward")
     if plan is None:
         _, most = shared_capacity(device.capability)
         dims = demands.columns

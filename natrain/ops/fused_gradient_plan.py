@@ -189,18 +189,14 @@ class _OnePass(Search):
             yield from self._with_stages(block, Columns(block.halo, block.box, True, False, 0), 0, tokens, groups, 1)
 
 
-def _search(space: Space, demands: Demands, device: Device, bias_entries: int) -> Search:
+def gradient_search(space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Search:
+    """Of the plans of a gradient kernel, at its costs.
+
+    Where the bias gradient is summed, every warp has a table of ``bias_entries`` besides what a draft holds.
+    """
     if demands.rows_are == "both":
         return _OnePass(space, demands, device)
     return _Gradient(space, demands, device, bias_entries)
-
-
-def gradient_plans(space: Space, demands: Demands, device: Device, bias_entries: int = 0) -> Iterator[Plan]:
-    """Every legal plan of a gradient kernel, with its cost in cycles of a multiprocessor.
-
-    Where the bias gradient is summed, every warp has a table of ``bias_entries`` besides what ``candidates`` hold.
-    """
-    return _search(space, demands, device, bias_entries).plans()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -211,7 +207,7 @@ def choose_gradient_plan(space: Space, demands: Demands, device: Device, bias_en
     Raises:
         ValueError: none is legal.
     """
-    plan = _search(space, demands, device, bias_entries).best(_KERNELS[demands.rows_are])
+    plan = gradient_search(space, demands, device, bias_entries).best(_KERNELS[demands.rows_are])
     if plan is None:
         raise ValueError(f"no plan of a gradient for {space}")
     return plan
@@ -221,5 +217,5 @@ def choose_gradient_plan(space: Space, demands: Demands, device: Device, bias_en
 @under_no_mode
 def least_gradient_cost(space: Space, demands: Demands, device: Device) -> float:
     """Cycles of the cheapest plan without a bias gradient, by the model alone; infinite where none is legal."""
-    plan = _search(space, demands, device, 0).cheapest()
+    plan = gradient_search(space, demands, device).cheapest()
     return math.inf if plan is None else plan.cost

@@ -19,6 +19,7 @@ from natrain.ops.registry import get_kernel
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, LINES, Case, grid
 from tests.ops.judge import ATOL, Inputs, requested_bytes
+from tests.ops.walked import WALKS, walking
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("nan_filled_memory")]
 
@@ -50,6 +51,12 @@ def test_backward_in_one_pass(case, dtype):
         # Which way is taken depends on the shared memory that a GPU has.
         if torch.cuda.get_device_capability() == (9, 0):
             assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
+
+
+@pytest.mark.parametrize(("case", "axis", "over_groups", "dtype"), WALKS, ids=str)
+def test_blocks_walk(case, axis, over_groups, dtype):
+    with walking(axis, over_groups):
+        check(case, dtype)
 
 
 def test_cuda_graph_trees_own_what_the_first_call_allocates():

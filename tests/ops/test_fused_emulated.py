@@ -10,10 +10,8 @@ import torch
 
 import natrain
 from natrain.ops import fused
-from natrain.ops.fused_forward_plan import choose_plan
-from natrain.ops.fused_gradient_plan import choose_gradient_plan, demands_of_qkv, gradient_plans
-from natrain.ops.fused_plan import Plan, Space
-from natrain.ops.fused_search import Search
+from natrain.ops.fused_gradient_plan import demands_of_qkv, gradient_search
+from natrain.ops.fused_plan import Space
 from natrain.ops.precision import tf32_products
 from natrain.ops.problem import Problem, Window
 from natrain.ops.registry import get_kernel
@@ -21,6 +19,7 @@ from tests.emulator.fixture import emulated
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, LINES, Case, grid
 from tests.ops.judge import ATOL, Inputs
+from tests.ops.walked import WALKS, walking
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -63,7 +62,7 @@ def test_a_block_of_one_pass_goes_over_images(case, stages, monkeypatch):
     problem = Problem(case.batch, case.spatial, case.heads, case.head_dim, window, torch.bfloat16, "cpu")
     heads = case.heads
     space = Space.of(case.spatial, window, case.batch, heads, heads, torch.bfloat16, False)
-    plans = gradient_plans(space, demands_of_qkv(problem), device)
+    plans = gradient_search(space, demands_of_qkv(problem), device).plans()
     plans = [plan for plan in plans if plan.stages == stages and plan.splits < case.batch and plan.threads > 32]
     with fused.taking("backward_qkv", min(plans, key=lambda plan: plan.cost)):
         check(case, torch.bfloat16, seed=stages)
@@ -186,57 +185,12 @@ def test_packed_and_misaligned_tensors():
             assert torch.equal(out, expected) and torch.equal(d_packed, torch.stack(grads, -3))
 
 
-WALKED = [
-    (Case(2, (150,), 2, 16, (9,), (1,), (1,), (False,), True), 2),
-    (Case(2, (131,), 2, 8, (5,), (2,), (1,), (True,), False), 2),
-    (Case(1, (200,), 1, 16, (4,), (1,), (2,), (False,), False), 2),
-    (Case(1, (330,), 1, 16, (101,), (1,), (1,), (False,), True), 2),  # in chunks
-    (Case(2, (46, 9), 2, 32, (7, 3), (1, 1), (1, 1), (False, False), True), 1),
-    (Case(1, (9, 75), 1, 8, (5, 5), (1, 2), (1, 1), (True, False), True), 2),
-    (Case(1, (70, 20), 1, 16, (17, 17), (1, 1), (1, 1), (False, False), False), 1),  # in chunks
-    (Case(1, (41, 5, 6), 1, 16, (5, 3, 3), (1, 1, 1), (1, 1, 1), (False, False, False), True), 0),
-    (Case(2, (5, 39, 4), 2, 8, (3, 4, 2), (1, 1, 2), (1, 1, 1), (True, False, False), True), 1),
-]
-# Over dilation groups, of two lengths.
-WALKED_GROUPS = [
-    (Case(1, (83,), 2, 16, (5,), (7,), (1,), (False,), False), 2),
-    (Case(2, (23, 10), 1, 16, (3, 3), (5, 2), (1, 1), (False, True), True), 1),
-    (Case(1, (9, 5, 29), 1, 16, (3, 3, 5), (2, 1, 5), (1, 1, 1), (False, False, False), True), 2),
-]
-
-
-@pytest.mark.parametrize(
-    ("case", "axis", "over_groups", "dtype"),
-    [(*walked, False, torch.bfloat16) for walked in WALKED]
-    + [(*walked, True, torch.bfloat16) for walked in WALKED_GROUPS]
-    + [(*WALKED[i], False, torch.float32) for i in (0, 1, 4)],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "axis", "over_groups", "dtype"), WALKS, ids=str)
 def test_blocks_walk(case, axis, over_groups, dtype, monkeypatch):
     """In every kernel; runs of unlike lengths, and tiles at both ends that are in none."""
     monkeypatch.setattr(fused, "device_of", lambda index: fused.Device((9, 0), 1))
-    taken = []
-
-    def walking(search: Search, plan: Plan) -> Plan:
-        plans = [plan, *(other for other in search.plans() if other.threads in (32, 64))]
-        walks = [
-            walk
-            for other in sorted(plans, key=lambda plan: plan.cost)
-            for _, walk in search._walks(other, 0.5, 4)
-            if (walk.walk.axis, walk.walk.is_over_groups) == (axis, over_groups)
-        ]
-        uneven = [walk for walk in walks if walk.walk.count % walk.walk.runs]
-        taken.append((uneven or walks)[0])
-        return taken[-1]
-
-    monkeypatch.setattr(Search, "walking", walking)
-    for function in (choose_plan, choose_gradient_plan):
-        function.cache_clear()
-    with fused.launching({}):
+    with walking(axis, over_groups):
         check(case, dtype, seed=1)
-    for function in (choose_plan, choose_gradient_plan):
-        function.cache_clear()
-    assert len(taken) >= 2 and all(plan.walk is not None for plan in taken)
 
 
 def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):

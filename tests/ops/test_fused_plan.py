@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from natrain.bench.layers import LAYERS
 from natrain.ops import fused_search, fused_tiles
-from natrain.ops.fused_forward_plan import candidates, choose_plan
+from natrain.ops.fused_forward_plan import choose_plan, forward_search
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
     demands_of_kv,
     demands_of_q,
     demands_of_qkv,
-    gradient_plans,
+    gradient_search,
 )
 from natrain.ops.fused_measured import measured, measured_choice
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
@@ -63,7 +63,7 @@ def _columns(axis, n: int, rows: str) -> list[tuple[int, int]]:
 
 
 def _sample(space: Space, demands: Demands, count: int = 12) -> list[Plan]:
-    plans = list(candidates(space, demands, Device()))
+    plans = list(forward_search(space, demands, Device()).plans())
     return random.Random(0).sample(plans, min(count, len(plans)))
 
 
@@ -134,10 +134,10 @@ def test_the_search_finds_what_is_best_of_all(space, head_dim, batch):
         batch, (56, 56), 2, head_dim, Window((7, 7), (1, 1), (1, 1), (False, False)), torch.half, "cuda", has_rpb=True
     )
     forward = Demands.of_forward(head_dim, head_dim, torch.half)
-    ranked = min(candidates(space, forward, Device()), key=fused_search.Search.rank)
+    ranked = min(forward_search(space, forward, Device()).plans(), key=fused_search.Search.rank)
     assert choose_plan(space, forward, Device()) == ranked
     for demands, entries in ((demands_of_q(problem), 169), (demands_of_kv(problem, 3), 0)):
-        plans = gradient_plans(space, demands, Device(), entries)
+        plans = gradient_search(space, demands, Device(), entries).plans()
         assert choose_gradient_plan(space, demands, Device(), entries) == min(plans, key=fused_search.Search.rank)
 
 
@@ -166,13 +166,13 @@ def test_a_measured_plan_is_a_legal_one_and_taken(layer, has_rpb):
     entries = math.prod(problem.window.rpb_shape) if has_rpb else 0
     forward = Demands.of_forward(layer.head_dim, layer.head_dim, problem.dtype)
     chosen = {
-        "forward": (choose_plan(space, forward, Device()), list(candidates(space, forward, Device()))),
+        "forward": (choose_plan(space, forward, Device()), list(forward_search(space, forward, Device()).plans())),
     }
     for kernel, demands, sums in (
         ("backward_q", demands_of_q(problem), entries),
         ("backward_kv", demands_of_kv(problem, 3), 0),
     ):
-        plans = list(gradient_plans(space, demands, Device(), sums))
+        plans = list(gradient_search(space, demands, Device(), sums).plans())
         chosen[kernel] = choose_gradient_plan(space, demands, Device(), sums), plans
     for kernel, (plan, plans) in chosen.items():
         assert plan in measured(kernel, space, layer.head_dim, plans), kernel
@@ -197,3 +197,21 @@ def test_plans_are_the_same_while_torch_traces_and_under_a_default_device():
         for rows in ("queries", "keys", "both"):
             first = fused_tiles.columns_of_rows(space.axes[1], 29, rows)[0]
             assert not isinstance(first, FakeTensor) and not first.is_meta
+
+
+def test_blocks_of_few_images_walk():
+    """Of a detector's first stage; not of a batch that gives every block many images, nor where it does not pay."""
+    window = Window((7, 7), (1, 1), (1, 1), (False, False))
+    problem = Problem(1, (200, 334), 4, 32, window, torch.half, "cuda", (9, 0), has_rpb=True)
+
+    def plan(batch: int, **more) -> Plan:
+        asked = replace(problem, batch=batch, **more)
+        space = Space.of(asked.spatial, window, batch, 4, 4, torch.half, has_rpb=True)
+        return choose_gradient_plan(space, demands_of_q(asked), Device((9, 0), 132), 13 * 13)
+
+    alone = plan(1)
+    assert alone.walk is not None and not alone.walk.is_over_groups
+    along = alone.tiles[alone.walk.axis]
+    assert alone.walk.runs <= along and alone.grid == math.prod(alone.tiles) * 4
+    assert plan(128).walk is None
+    assert plan(1, has_key_mask=True).walk is None and plan(1, has_dropout=True).walk is None
