@@ -18,6 +18,7 @@ import torch
 
 import natrain
 from natrain.bench.threads import cores
+from natrain.ops import fused_tuned
 
 # Not clocks.sm: asked now it is an idle device's; rows carry the clock after their calls.
 _NVIDIA_SMI = ("driver_version", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
@@ -50,6 +51,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": typed(),
+        "tuned_plans": fused_tuned.count(),
     }
     if device == "cuda":
         fields = _said("nvidia-smi", f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader", "-i", "0")

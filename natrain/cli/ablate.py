@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             words[key] = value
         else:
             changes.append(word)
-    path = _find(words["ablation"])
+    path = find_ablation(words["ablation"])
     device = checked_device(words["device"])
     if words["wandb"] is not None:
         check_wandb("wandb", words["wandb"])
@@ -72,7 +72,12 @@ def _folder() -> Path:
     return config_folder() / "ablation"
 
 
-def _find(name: str | None) -> Path:
+def find_ablation(name: str | None) -> Path:
+    """The yaml of ``ablation=name``.
+
+    Raises:
+        ValueError: there is none.
+    """
     names = sorted(path.stem for path in _folder().glob("*.yaml"))
     if name is not None and name.endswith(".yaml") and Path(name).is_file():
         return Path(name)

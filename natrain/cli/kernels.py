@@ -5,6 +5,7 @@
                                                          compile what a training step launches; needs no GPU
   natrain kernels tune model=nat_tiny dtype=bf16 batch=128 [img_size=384]
   natrain kernels tune shape=56x56 heads=2 head_dim=32 kernel_size=7 batch=128 dtype=bf16 rpb=true
+  natrain kernels tune ablation=nat_layers [dtype=fp16]  the problems of `natrain ablate ablation=...`
                                                          time ten more plans of every fused kernel on this GPU and keep
                                                          the fastest for these problems; 10 to 20 s a problem
   natrain kernels list                                   what is compiled, with size, target and compiler
@@ -134,6 +135,8 @@ def _tuned_cases(words: list[str]) -> list[Case]:
     from natrain.ops.registry import get_kernel
 
     keys = [word.partition("=")[0] for word in words]
+    if "ablation" in keys:
+        return _ablation_cases(words)
     if "shape" in keys:
         for word, key in zip(words, keys, strict=True):
             if "=" not in word or key not in WORDS:
@@ -144,7 +147,7 @@ def _tuned_cases(words: list[str]) -> list[Case]:
         names = [name for name in EXAMPLES if name not in ("arch", "kernel")]
         settings = {"dtype": "bf16", "batch": "128", "img_size": None, **_settings(words, names)}
         if "model" not in settings:
-            fix = "natrain kernels tune model=nat_tiny dtype=bf16 batch=128, or shape=56x56 heads=2 ... of one problem"
+            fix = "natrain kernels tune model=nat_tiny dtype=bf16 batch=128, or ablation=nat_layers, or shape=56x56 ..."
             raise invalid("model", None, "a value", fix)
         cases = [
             Case(p.spatial, p.batch, p.heads, p.head_dim, p.window, p.dtype, p.has_rpb)
@@ -156,6 +159,24 @@ def _tuned_cases(words: list[str]) -> list[Case]:
         if reasons := get_kernel("fused").limits.reasons(case.problem("cuda", (9, 0))):
             fix = "natrain kernels tune shape=56x56 heads=2 head_dim=32 kernel_size=7 dtype=bf16"
             raise invalid("problem", case.name, f"one of the fused kernels; {'; '.join(reasons)}", fix)
+    return cases
+
+
+def _ablation_cases(words: list[str]) -> list[Case]:
+    """Those of its problems that the fused kernels take."""
+    from natrain.bench.plan import parse_changes, read_plan, read_settings
+    from natrain.cli.ablate import find_ablation
+    from natrain.ops.registry import get_kernel
+
+    names = [word.removeprefix("ablation=") for word in words if word.startswith("ablation=")]
+    path = find_ablation(names[-1])
+    if (kind := read_settings(path).get("kind", "kernels")) != "kernels":
+        raise invalid("ablation", names[-1], f"one of kernels, not of {kind}", "ablation=nat_layers")
+    plan = read_plan(path, parse_changes([word for word in words if not word.startswith("ablation=")]))
+    limits = get_kernel("fused").limits
+    cases = [case for case in plan.cases if not limits.reasons(case.problem("cuda", (9, 0)))]
+    if not cases:
+        raise invalid("ablation", names[-1], "one with problems of the fused kernels", "ablation=nat_layers")
     return cases
 
 

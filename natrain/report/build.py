@@ -17,7 +17,7 @@ from natrain.report.blocks import Chart, Page, Section, Table
 _ENVIRONMENT = (
     "device", "count", "threads", "cores", "driver_version", "clocks.max.sm", "clocks.mem", "power.limit",
     "temperature.gpu", "natrain", "commit", "commits", "torch", "cuda", "timm", "natten", "python", "platform",
-    "command",
+    "command", "tuned_plans",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 import natrain
 from natrain.bench import layers, plans
 from natrain.bench.case import Case
+from natrain.bench.environment import environment
 from natrain.cli import main
 from natrain.ops import fused, fused_tuned
 from natrain.ops.fused_plan import Device
@@ -159,6 +160,14 @@ def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
     assert "12 tuned plans" in capsys.readouterr().out and fused_tuned.count() == 0
 
 
+def test_the_command_tunes_the_problems_of_an_ablation(a_gpu, capsys):
+    """And an ablation's environment says that there are tuned plans."""
+    assert main(["kernels", "tune", "ablation=nat_layers", "dtype=fp16"]) == 0
+    output = capsys.readouterr().out
+    assert output.startswith("14 problems on a GPU") and "na2d 14x14 b128 n8 d32 k7 dilation=2 rpb=1 fp16" in output
+    assert environment("cpu")["tuned_plans"] == fused_tuned.count() == 42
+
+
 @pytest.mark.parametrize(
     "words, argument, fix",
     [
@@ -171,6 +180,10 @@ def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
         (["shape=8x8", "heads=2", "head_dim=8", "kernel_size=3", "dtype=fp64"], "dtype torch.float64", "dtype=bf16"),
         (["shape=8x8", "heads=2", "head_dim=4", "kernel_size=3", "dtype=fp16"], "head_dim 4", "head_dim=32"),
         (["model=vitrpb_small"], "model='vitrpb_small'", "model=nat_tiny"),
+        (["ablation=nat_layer"], "ablation='nat_layer'", "ablation=nat_layers"),
+        (["ablation=nat_layers", "dtype=fp64"], "ablation='nat_layers'", "problems of the fused kernels"),
+        (["ablation=nat_layers", "rpbs=true"], "setting='rpbs'", "rpb=..."),
+        (["ablation=training"], "ablation='training'", "ablation=nat_layers"),
     ],
 )
 def test_one_clear_error(words, argument, fix, capsys, monkeypatch):
