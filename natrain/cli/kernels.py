@@ -10,7 +10,8 @@
                                                          the fastest for these problems; 10 to 20 s a problem
   natrain kernels list                                   what is compiled, with size, target and compiler
   natrain kernels clear [NAME...]                        delete what is compiled and tuned, or what begins with a name
-arch is a CUDA capability (80, 90) or, for the cpu kernel, an instruction set (avx512, avx2, portable).
+arch is a CUDA capability (80, 90) or, for the cpu kernel, an instruction set (avx512, avx2, portable). Plans of the
+fused kernels depend on the GPU too: build takes one in this machine of that capability, else those of an H100.
 `natrain doctor` says which kernels work on this machine."""
 
 from __future__ import annotations

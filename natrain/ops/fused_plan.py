@@ -38,13 +38,15 @@ def shared_capacity(capability: tuple[int, int]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on of a GPU.
+    """What a plan depends on of a GPU: an H100's, where nothing else is said.
 
+    ``memory_bytes``: that a multiprocessor's share of the memory moves in a cycle, by its clocks and width.
     ``tuned_as``: what plans that were measured on the GPU at hand are kept under (fused_tuned.py); "": none are.
     """
 
     capability: tuple[int, int] = (9, 0)
     multiprocessors: int = 132
+    memory_bytes: float = 12.8
     tuned_as: str = ""
 
 

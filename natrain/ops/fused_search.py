@@ -35,7 +35,8 @@ _TABLE_BYTES = 40 * 1024
 _CHUNK_BYTES = 36 * 1024
 _MOST_WARPS = 16  # of a block
 _MOST_RESIDENT_WARPS = 48  # of a multiprocessor, over all of its blocks
-_CACHE_BYTES, _MEMORY_BYTES = 38, 10.4  # a cycle and multiprocessor, of an H100
+_CACHE_BYTES = 38  # a cycle and multiprocessor, of an H100
+_MEMORY_SHARE = 0.81  # of what a GPU's memory moves by its clocks
 # Of a block before its first image, by kind of table. Measured: 17,000, and 24,000 for the last; tables were then built
 # from global memory entry by entry, which took most of it.
 _SETUP_CYCLES = (10_000, 12_000, 15_000)
@@ -172,6 +173,7 @@ class Search:
         self._token_bytes = sum(self._pitches)
         self._row_bytes = sum(demands.columns) * space.itemsize
         self._row_buffer = demands.row_buffer(space.itemsize)
+        self._memory_bytes = _MEMORY_SHARE * device.memory_bytes
         self._line_multiple = line_multiple(demands.columns, space.itemsize)
         self._lengths = [axis.group_lengths[0] for axis in space.axes]
         self._groups_and_heads = space.heads * math.prod(axis.dilation for axis in space.axes)
@@ -487,7 +489,7 @@ class Search:
         """Of a block for an image: columns and rows through the second-level cache, every row through memory."""
         rows = 16 * warp_count * self._row_bytes
         cached = fetched * self._row_bytes + self.costs.cached * rows
-        return max(cached / _CACHE_BYTES, self.costs.moved * rows / _MEMORY_BYTES)
+        return max(cached / _CACHE_BYTES, self.costs.moved * rows / self._memory_bytes)
 
 
 def _idleness(block: Block, chunk: tuple[int, int, int]) -> float:

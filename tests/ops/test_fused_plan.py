@@ -7,13 +7,14 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from natrain.bench.layers import LAYERS
-from natrain.ops import fused_search, fused_tiles
+from natrain.ops import fused, fused_search, fused_tiles
 from natrain.ops.fused_forward_plan import choose_plan, forward_search
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
@@ -215,3 +216,35 @@ def test_blocks_of_few_images_walk():
     assert alone.walk.runs <= along and alone.grid == math.prod(alone.tiles) * 4
     assert plan(128).walk is None
     assert plan(1, has_key_mask=True).walk is None and plan(1, has_dropout=True).walk is None
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"clock_rate": 1_980_000, "memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 12.8),  # an H100 SXM
+        ({"clock_rate": 1_980_000, "memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 18.8),  # an H200
+        ({"clock_rate": 0, "memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 12.8),  # not said
+        ({}, 12.8),  # torch 2.7
+    ],
+    ids=str,
+)
+def test_what_the_memory_moves_is_asked_of_the_gpu(more, expected, monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="a GPU", **more)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    fused.device_of.cache_clear()
+    assert fused.device_of(0) == Device((9, 0), 132, expected, "a GPU")
+    fused.device_of.cache_clear()
+    # Where a GPU is at hand, its plans are what is compiled ahead.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert fused._device_ahead((9, 0)).memory_bytes == expected and fused._device_ahead((8, 0)) == Device((8, 0))
+    fused.device_of.cache_clear()
+
+
+def test_faster_memory_changes_what_is_best():
+    """Under slow memory plans that move least are, however much more they compute."""
+    space, demands = _space((22, 38), 3, dtype=torch.float32), Demands.of_forward(64, 64, torch.float32)
+    slow, fast = (choose_plan(space, demands, Device(memory_bytes=moved)) for moved in (6.4, 25.6))
+    assert slow.cost > fast.cost
+    assert replace(slow, cost=0, cycles=0) != replace(fast, cost=0, cycles=0)
