@@ -1,8 +1,9 @@
 // out[query] = sum over its keys of softmax(scale * q . k + rpb) * v, and lse, the log of the sum of exponentials.
 //
 // A block keeps one head, dilation group and tile (or walks over tiles that are alike) and goes over images; while it
-// computes one stage of shared memory the next is fetched. Small windows: all scores of a tile are in registers at once. Large ones: the halo comes in chunks, and
-// maximum and sum are carried from step to step (online softmax, arXiv 1805.02867).
+// computes one stage of shared memory the next is fetched. Small windows: all scores of a tile are in registers at once.
+// Large ones: the halo comes in chunks, and maximum and sum are carried from step to step (online softmax, arXiv
+// 1805.02867).
 #define NATRAIN_COLUMN_USES 1  // scores take columns of k, sums those of v
 #include "exclusions.cuh"
 

@@ -222,7 +222,7 @@ def test_blocks_of_few_images_walk():
     ("more", "expected"),
     [
         ({"clock_rate": 1_980_000, "memory_clock_rate": 2_619_000, "memory_bus_width": 5120}, 12.8),  # an H100 SXM
-        ({"clock_rate": 1_980_000, "memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 18.8),  # an H200
+        ({"clock_rate": 1_980_000, "memory_clock_rate": 3_201_000, "memory_bus_width": 6016}, 18.4),  # an H200
         ({"clock_rate": 0, "memory_clock_rate": 3_201_000, "memory_bus_width": 6144}, 12.8),  # not said
         ({}, 12.8),  # torch 2.7
     ],
