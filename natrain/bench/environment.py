@@ -51,7 +51,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "command": typed(),
-        "tuned_plans": fused_tuned.count(),
+        "tuned_plans": fused_tuned.count_usable(device_name(device)) if device == "cuda" else 0,
     }
     if device == "cuda":
         fields = _said("nvidia-smi", f"--query-gpu={','.join(_NVIDIA_SMI)}", "--format=csv,noheader", "-i", "0")

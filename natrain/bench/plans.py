@@ -93,12 +93,11 @@ def plans(case: Case, device: Device, most: int, kernel: str = "forward") -> lis
         kind = plan.row_tile, plan.warps
         if alike[kind] == 4 or 4 * plan.grid * asked.bias_entries > fused.MAX_BIAS_WORKSPACE:
             continue
-        # As it would be launched.
-        plan = search.walking(plan)
-        if plan != chosen:
-            alike[kind] += 1
-            found.append(plan)
-    return found
+        # With blocks that walk, where they would, and without.
+        others = [other for other in dict.fromkeys((search.walking(plan), plan)) if other != chosen]
+        alike[kind] += bool(others)
+        found += others
+    return found[: most + 1]
 
 
 def compile_all(wanted: Iterable[tuple[Case, str, list[Plan]]], arch: str) -> None:

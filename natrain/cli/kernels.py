@@ -11,7 +11,7 @@
   natrain kernels list                                   what is compiled, with size, target and compiler
   natrain kernels clear [NAME...]                        delete what is compiled and tuned, or what begins with a name
 arch is a CUDA capability (80, 90) or, for the cpu kernel, an instruction set (avx512, avx2, portable). Plans of the
-fused kernels depend on the GPU too: build takes one in this machine of that capability, else those of an H100.
+fused kernels depend on the GPU too: build takes the current one where it is of that capability, else an H100.
 `natrain doctor` says which kernels work on this machine."""
 
 from __future__ import annotations
@@ -170,10 +170,14 @@ def _ablation_cases(words: list[str]) -> list[Case]:
     from natrain.ops.registry import get_kernel
 
     names = [word.removeprefix("ablation=") for word in words if word.startswith("ablation=")]
+    if not names:
+        raise invalid("setting", "ablation", "ablation=NAME", "ablation=nat_layers")
     path = find_ablation(names[-1])
     if (kind := read_settings(path).get("kind", "kernels")) != "kernels":
         raise invalid("ablation", names[-1], f"one of kernels, not of {kind}", "ablation=nat_layers")
     plan = read_plan(path, parse_changes([word for word in words if not word.startswith("ablation=")]))
+    if not plan.tf32:
+        raise invalid("tf32", False, "true: float32 is timed as TF32", "tf32=true")
     limits = get_kernel("fused").limits
     cases = [case for case in plan.cases if not limits.reasons(case.problem("cuda", (9, 0)))]
     if not cases:

@@ -120,9 +120,12 @@ def device_of(index: int) -> Device:
 
 
 def _device_ahead(capability: tuple[int, int]) -> Device:
-    """What is compiled for ahead of calls: the GPU at hand where it is of that capability."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() == capability:
-        return device_of(torch.cuda.current_device())
+    """What is compiled for ahead of calls: the current GPU where it is of that capability."""
+    try:
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() == capability:
+            return device_of(torch.cuda.current_device())
+    except RuntimeError:  # it is another process's alone, or full: nothing that compiling needs
+        pass
     return Device(capability)
 
 
@@ -179,7 +182,7 @@ def can_take_one_pass(problem: Problem) -> bool:
 def one_pass_plan(problem: Problem, device: Device) -> Plan | None:
     """The plan of backward_qkv.cu, None where two passes are the faster way or the only one.
 
-    Which way is faster is a matter of the problem alone: by the least estimates, whatever plans were measured.
+    Which way is faster is a matter of the problem and the GPU: by the least estimates, whatever plans were measured.
     """
     if not can_take_one_pass(problem) or not _taken.keys().isdisjoint(("backward_q", "backward_kv")):
         return None

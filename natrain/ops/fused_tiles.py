@@ -114,8 +114,13 @@ def stretch_of(axis: Axis, rows: Rows, tile: int) -> Stretch:
 
 
 def _kinds_of_tiles(axis: Axis, n: int, rows: Rows, tile: int) -> torch.Tensor:
-    """[whole tiles of a group of n positions, 2 tile]: first and last columns of rows, from the tile's first row."""
-    columns = torch.stack(columns_of_rows(axis, n, rows))[:, : n // tile * tile].unflatten(1, (-1, tile))
+    """[whole tiles of a group of n positions, ...]: first and last columns of rows, from the tile's first row.
+
+    Of rows that are both, of either side: what both have together can repeat where the sides do not.
+    """
+    sides = ("queries", "keys") if rows == "both" else (rows,)
+    columns = torch.stack([x for side in sides for x in columns_of_rows(axis, n, side)])
+    columns = columns[:, : n // tile * tile].unflatten(1, (-1, tile))
     return (columns - torch.arange(0, n // tile * tile, tile)[:, None]).transpose(0, 1).flatten(1)
 
 

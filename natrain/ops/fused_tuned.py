@@ -23,13 +23,13 @@ from natrain.ops.fused_plan import Demands, Device, Plan
 from natrain.ops.fused_tiles import Space
 
 _FOLDER = "plans"
-# What tells the plans of a problem apart.
+# What tells the plans of a problem apart, besides whether blocks walk.
 _CHOICE = ("row_tile", "warps", "box", "chunk", "step", "resident", "chunked_x", "start_table", "stages", "min_blocks")
 
 
 def choice_of(plan: Plan) -> dict[str, Any]:
     """A plan as a file holds it."""
-    return json.loads(json.dumps({name: getattr(plan, name) for name in _CHOICE}))
+    return json.loads(json.dumps({name: getattr(plan, name) for name in _CHOICE} | {"walks": plan.walk is not None}))
 
 
 def find(kernel: str, space: Space, demands: Demands, device: Device) -> dict[str, Any] | None:
@@ -43,15 +43,15 @@ def find(kernel: str, space: Space, demands: Demands, device: Device) -> dict[st
         return None
     try:
         choice = json.loads(_path(kernel, space, demands, device).read_text())["plan"]
-        is_whole = set(choice) == set(_CHOICE) and all(len(choice[name]) == 3 for name in ("row_tile", "warps"))
+        is_whole = set(choice) == {*_CHOICE, "walks"} and all(len(choice[name]) == 3 for name in ("row_tile", "warps"))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return choice if is_whole else None
 
 
 def matching(choice: dict[str, Any], plans: Iterable[Plan]) -> Plan | None:
-    """Of ``plans`` the one that ``choice_of`` was asked about."""
-    return next((plan for plan in plans if choice_of(plan) == choice), None)
+    """Of ``plans``, whose blocks do not walk, the one that ``choice_of`` was asked about, but for whether its did."""
+    return next((plan for plan in plans if choice_of(plan) | {"walks": choice["walks"]} == choice), None)
 
 
 def store(kernel: str, space: Space, demands: Demands, device: Device, plan: Plan, milliseconds: float) -> Path:
@@ -62,6 +62,7 @@ def store(kernel: str, space: Space, demands: Demands, device: Device, plan: Pla
     content = {
         "kernel": kernel,
         "device": device.tuned_as,
+        "sources": _sources(),
         "problem": dataclasses.asdict(space),
         "plan": choice_of(plan),
         "milliseconds": milliseconds,
@@ -74,6 +75,18 @@ def store(kernel: str, space: Space, demands: Demands, device: Device, plan: Pla
 def count() -> int:
     """Plans that are kept."""
     return len(list((cache.folder() / _FOLDER).glob("*.json")))
+
+
+def count_usable(gpu: str) -> int:
+    """Plans that were measured on a GPU of that name, of the sources that there are."""
+    found = 0
+    for path in (cache.folder() / _FOLDER).glob("*.json"):
+        try:
+            content = json.loads(path.read_text())
+            found += content["sources"] == _sources() and content["device"].startswith(f"{gpu}, ")
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def clear() -> int:

@@ -53,10 +53,10 @@ def test_backward_in_one_pass(case, dtype):
             assert [len(ready.launches) for ready in fused.launches().values()] == [1, 1]
 
 
-@pytest.mark.parametrize(("case", "axis", "over_groups", "dtype"), WALKS, ids=str)
-def test_blocks_walk(case, axis, over_groups, dtype):
-    with walking(axis, over_groups):
-        check(case, dtype)
+@pytest.mark.parametrize("walked", WALKS, ids=str)
+def test_blocks_walk(walked):
+    with walking(walked):
+        check(walked.case, walked.dtype)
 
 
 def test_cuda_graph_trees_own_what_the_first_call_allocates():

@@ -38,6 +38,11 @@ def problem_of(spatial, heads, dilation=1, dtype=torch.bfloat16, head_dim=32, wi
     return Problem(128, spatial, heads, head_dim, window, dtype, "cuda", (9, 0), **more)
 
 
+@pytest.fixture(autouse=True)
+def planned_for_an_h100(monkeypatch):
+    monkeypatch.setattr(fused, "_device_ahead", fused.Device)
+
+
 def specs(problem: Problem, arch: str):
     return get_kernel("fused").build_specs(problem, arch)
 

@@ -185,12 +185,12 @@ def test_packed_and_misaligned_tensors():
             assert torch.equal(out, expected) and torch.equal(d_packed, torch.stack(grads, -3))
 
 
-@pytest.mark.parametrize(("case", "axis", "over_groups", "dtype"), WALKS, ids=str)
-def test_blocks_walk(case, axis, over_groups, dtype, monkeypatch):
+@pytest.mark.parametrize("walked", WALKS, ids=str)
+def test_blocks_walk(walked, monkeypatch):
     """In every kernel; runs of unlike lengths, and tiles at both ends that are in none."""
     monkeypatch.setattr(fused, "device_of", lambda index: fused.Device((9, 0), 1))
-    with walking(axis, over_groups):
-        check(case, dtype, seed=1)
+    with walking(walked):
+        check(walked.case, walked.dtype, seed=1)
 
 
 def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):

@@ -25,6 +25,7 @@ from natrain.ops.fused_gradient_plan import (
 )
 from natrain.ops.fused_measured import measured, measured_choice
 from natrain.ops.fused_plan import Demands, Device, Plan, Space, shared_capacity
+from natrain.ops.fused_tiles import Axis
 from natrain.ops.problem import Problem, Window
 from tests.ops import oracle
 
@@ -218,6 +219,31 @@ def test_blocks_of_few_images_walk():
     assert plan(1, has_key_mask=True).walk is None and plan(1, has_dropout=True).walk is None
 
 
+@pytest.mark.parametrize("rows", ["queries", "keys", "both"])
+def test_the_tiles_of_a_stretch_are_alike(rows):
+    """By the oracle's windows: every row sees the same from its place, and so does every key of a window's queries."""
+    draw, found, sides = random.Random(3), 0, ("queries", "keys") if rows == "both" else (rows,)
+    axes = [Axis(200, 4, 1, 2, False)]  # tiles of 11: its sides take turns
+    for _ in range(150):
+        length, dilation, kernel = draw.randrange(20, 160), draw.choice([1, 1, 2, 3]), draw.randrange(1, 14)
+        if kernel * dilation <= length:
+            axes.append(Axis(length, kernel, dilation, draw.randrange(1, kernel + 1), draw.random() < 0.3))
+    for axis in axes:
+        tile = 11 if axis is axes[0] else draw.choice([1, 2, 4, 8, 16, 48])
+        stretch = fused_tiles.stretch_of(axis, rows, tile)
+        for n in set(axis.group_lengths):
+            assert stretch.count == 0 or (stretch.first + stretch.count) * tile <= n
+            for side in sides:
+                columns = _columns(axis, n, side)
+                kinds = {
+                    tuple((start - first, end - first) for start, end in columns[first : first + tile])
+                    for first in range(stretch.first * tile, (stretch.first + stretch.count) * tile, tile)
+                }
+                assert len(kinds) <= 1, (axis, tile, side)
+        found += stretch.count > 2
+    assert found > 30
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
@@ -240,6 +266,13 @@ def test_what_the_memory_moves_is_asked_of_the_gpu(more, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert fused._device_ahead((9, 0)).memory_bytes == expected and fused._device_ahead((8, 0)) == Device((8, 0))
     fused.device_of.cache_clear()
+
+    # Compiling needs no GPU that can be used.
+    def refused(index=None):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", refused)
+    assert fused._device_ahead((9, 0)) == Device()
 
 
 def test_faster_memory_changes_what_is_best():

@@ -109,6 +109,19 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(plans, "timed", timed)
 
 
+def test_whether_blocks_walk_is_kept_too():
+    """Of a plan that would walk both are timed."""
+    case = Case.of({**WORDS, "shape": "200x334", "batch": 1, "heads": 4, "kernel_size": 7})
+    chosen, *others = plans.plans(case, HERE, 9, "backward_q")
+    still = next(
+        plan for plan in others if fused_tuned.choice_of(plan) == fused_tuned.choice_of(chosen) | {"walks": False}
+    )
+    assert chosen.walk is not None and still.walk is None
+    for plan in (still, chosen):
+        stored(case, "backward_q", plan)
+        assert plans.plans(case, HERE, 1, "backward_q")[0] == plan
+
+
 def test_three_terms_of_float32_have_plans_of_their_own():
     problem = Case.of({**WORDS, "dtype": "fp32"}).problem("cuda", (9, 0))
     with tf32_products(True):
@@ -160,12 +173,16 @@ def test_the_command_tunes_the_layers_of_a_model(a_gpu, capsys):
     assert "12 tuned plans" in capsys.readouterr().out and fused_tuned.count() == 0
 
 
-def test_the_command_tunes_the_problems_of_an_ablation(a_gpu, capsys):
-    """And an ablation's environment says that there are tuned plans."""
+def test_the_command_tunes_the_problems_of_an_ablation(a_gpu, capsys, monkeypatch):
+    """And those of other sources or another GPU are none."""
     assert main(["kernels", "tune", "ablation=nat_layers", "dtype=fp16"]) == 0
     output = capsys.readouterr().out
     assert output.startswith("14 problems on a GPU") and "na2d 14x14 b128 n8 d32 k7 dilation=2 rpb=1 fp16" in output
-    assert environment("cpu")["tuned_plans"] == fused_tuned.count() == 42
+    assert fused_tuned.count_usable("a GPU") == fused_tuned.count() == 42
+    assert fused_tuned.count_usable("a") == fused_tuned.count_usable("another GPU") == 0
+    assert environment("cpu")["tuned_plans"] == 0
+    monkeypatch.setattr(fused_tuned, "_sources", lambda: "changed")
+    assert fused_tuned.count_usable("a GPU") == 0
 
 
 @pytest.mark.parametrize(
@@ -183,6 +200,8 @@ def test_the_command_tunes_the_problems_of_an_ablation(a_gpu, capsys):
         (["ablation=nat_layer"], "ablation='nat_layer'", "ablation=nat_layers"),
         (["ablation=nat_layers", "dtype=fp64"], "ablation='nat_layers'", "problems of the fused kernels"),
         (["ablation=nat_layers", "rpbs=true"], "setting='rpbs'", "rpb=..."),
+        (["ablation"], "setting='ablation'", "ablation=nat_layers"),
+        (["ablation=nat_layers", "tf32=false"], "tf32=False", "tf32=true"),
         (["ablation=training"], "ablation='training'", "ablation=nat_layers"),
     ],
 )
