@@ -265,7 +265,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
   Element* next_out = args.out + (tile.first_image * tokens * g.heads + tile.head) * VALUE_DIM;
   float* next_lse = args.lse + (tile.first_image * tokens + token) * g.heads + tile.head;
   const Offset out_row = Offset(token) * g.heads * VALUE_DIM;
-  const Leap leap(tile, Leap::walk_tokens(g), g.splits * tokens);
 
   Rows<HEAD_DIM> q;
   State state;
@@ -296,16 +295,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, NATRAIN_MIN_BLOCKS)
     exclusions.to_step(tile.box_first[0], tile.box_first[1], tile.box_first[2]);
   }
 
-  Visit next(tile);
-  for (Visit visit = next; visit.image < g.batch;
-       visit = next, q_buffer = q_buffer + 1 == STAGES ? 0 : q_buffer + 1) {
+  for (Visit visit(tile); visit.image < g.batch;
+       visit.advance(tile, g), q_buffer = q_buffer + 1 == STAGES ? 0 : q_buffer + 1) {
     const unsigned rows_at = Stream::rows_at(q_buffer);
     exclusions.to_image(visit.image, tokens);
-    next.advance(tile, g);
     Element* const out = next_out;
     float* const lse_of_row = next_lse;
-    next_out += leap.to(next) * g.heads * VALUE_DIM;
-    next_lse += leap.to(next) * g.heads;
+    Visit next = visit;
+    next.advance(tile, g);
+    // A Leap for each: one that both share takes registers that NAT-Tiny's second layer lacks.
+    next_out += Leap(tile, Leap::walk_tokens(g), g.splits * tokens).to(next) * g.heads * VALUE_DIM;
+    next_lse += Leap(tile, Leap::walk_tokens(g), g.splits * tokens).to(next) * g.heads;
     if (RESIDENT) {
       const unsigned columns = next_stage();
       if (!tile.is_active) continue;
