@@ -19,7 +19,6 @@ from tests.emulator.fixture import emulated
 from tests.ops import judge
 from tests.ops.grid import CHOSEN, LINES, Case, grid
 from tests.ops.judge import ATOL, Inputs
-from tests.ops.walked import WALKS, walking
 
 pytestmark = pytest.mark.usefixtures("nan_filled_memory")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -183,14 +182,6 @@ def test_packed_and_misaligned_tensors():
             expected = natrain.na2d(q, k, v, (5, 3), kernel="fused")
             grads = torch.autograd.grad(expected, (q, k, v), d_out.contiguous())
             assert torch.equal(out, expected) and torch.equal(d_packed, torch.stack(grads, -3))
-
-
-@pytest.mark.parametrize("walked", WALKS, ids=str)
-def test_blocks_walk(walked, monkeypatch):
-    """In every kernel; runs of unlike lengths, and tiles at both ends that are in none."""
-    monkeypatch.setattr(fused, "device_of", lambda index: fused.Device((9, 0), 1))
-    with walking(walked):
-        check(walked.case, walked.dtype, seed=1)
 
 
 def test_the_images_of_a_tile_may_be_shared_among_blocks(monkeypatch):
