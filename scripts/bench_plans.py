@@ -25,10 +25,11 @@ from natrain.ops.fused_plan import Device, Plan
 
 def describe(plan: Plan) -> str:
     kind = "resident" if plan.resident else "chunks"
+    walk = plan.walk and f"{plan.walk.runs} runs along axis {plan.walk.axis}{' over groups' * plan.walk.is_over_groups}"
     return (
         f"tile {plan.row_tile} warps {plan.warps} box {plan.box} chunk {plan.chunk} step {plan.step} {kind} "
         f"table {plan.start_table} stages {plan.stages} blocks {plan.min_blocks} splits {plan.splits} grid {plan.grid} "
-        f"shared {plan.shared_bytes}"
+        f"shared {plan.shared_bytes} walk {walk}"
     )
 
 

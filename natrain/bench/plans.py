@@ -17,7 +17,7 @@ from natrain.bench.truth import random_inputs
 from natrain.errors import invalid
 from natrain.jit import cuda
 from natrain.ops import fused, fused_tuned
-from natrain.ops.fused_forward_plan import choose_plan, forward_search
+from natrain.ops.fused_forward_plan import choose_plan, demands_of_forward, forward_search
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
     demands_of_kv,
@@ -58,7 +58,7 @@ class _Question:
         problem = case.problem("cuda", (9, 0))
         space = Space.of(case.spatial, case.window, case.batch, case.heads, case.heads, case.dtype, case.has_rpb)
         if kernel == "forward":
-            return _Question(space, Demands.of_forward(case.head_dim, case.head_dim, case.dtype), 0)
+            return _Question(space, demands_of_forward(problem), 0)
         if kernel == "backward_kv":
             return _Question(space, demands_of_kv(problem, 3), 0)
         if kernel == "backward_qkv":

@@ -5,7 +5,7 @@
                                                          compile what a training step launches; needs no GPU
   natrain kernels tune model=nat_tiny dtype=bf16 batch=128 [img_size=384]
   natrain kernels tune shape=56x56 heads=2 head_dim=32 kernel_size=7 batch=128 dtype=bf16 rpb=true
-  natrain kernels tune ablation=nat_layers [dtype=fp16]  the problems of `natrain ablate ablation=...`
+  natrain kernels tune ablation=nat_layers [dtype=fp16]
                                                          time ten more plans of every fused kernel on this GPU and keep
                                                          the fastest for these problems; 10 to 20 s a problem
   natrain kernels list                                   what is compiled, with size, target and compiler
