@@ -11,12 +11,12 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from natrain.ops import fused_tuned
 from natrain.ops.fused_measured import measured, measured_choice
-from natrain.ops.fused_plan import STAGED_BIAS_BYTES, Demands, Device, Plan, Walk, shared_capacity
+from natrain.ops.fused_plan import STAGED_BIAS_BYTES, Demands, Device, Plan, shared_capacity
 from natrain.ops.fused_tiles import (
     Classes,
     Space,
@@ -25,9 +25,9 @@ from natrain.ops.fused_tiles import (
     line_multiple,
     round_up,
     row_pitch,
-    stretch_of,
     table_bytes,
 )
+from natrain.ops.fused_walk import walking
 
 _RESERVED_BYTES = 1024  # of every block, by the driver
 _REGISTERS = 65536
@@ -48,10 +48,6 @@ _UNROUNDED, _LONE_WARP = 1.6, 1.2
 # Exponent of what warps idle with chunks: the others have the multiprocessor for themselves. Of 225 plans each of
 # forward, dQ and dK, dV it leaves the choice 1.8, 2.3 and 0.5 % nearer to the best.
 _IDLE = 0.3
-# Blocks walk where that is estimated to spare this part of the time. Of 90 problems and directions (an H200) the 11 of
-# which more was estimated became 1.19 times as fast in the mean (0.93 to 1.60), those of which less was 0.96 (0.59 to
-# 1.15): walking itself costs registers, which the model does not know.
-_LEAST_GAIN = 0.25
 
 
 def _row_tiles(space: Space) -> Iterator[tuple[int, int, int]]:
@@ -223,50 +219,10 @@ class Search:
         )  # fmt: skip
 
     def walking(self, plan: Plan) -> Plan:
-        """``plan``, or where blocks that walk over tiles would spare time, that: they find start values once for all.
-
-        Of most problems every block has many images, for which it has found them once anyway.
-        """
-        setup = _SETUP_CYCLES[plan.start_table] / plan.cycles
-        images = -(-self.space.batch // plan.splits) + setup
-        if not self.demands.may_walk or setup < _LEAST_GAIN * images:
-            return plan
-        slots = self.device.multiprocessors * plan.min_blocks
-        least = (1 - _LEAST_GAIN) * _makespan(slots, plan.grid, images)
-        for time, other in self._walks(plan, setup, slots):
-            if time < least:
-                least, plan = time, other
-        return plan
-
-    def _walks(self, plan: Plan, setup: float, slots: int) -> Iterator[tuple[float, Plan]]:
-        """(estimated time in images, plan) of the ways to walk."""
-        for splits in sorted({1, plan.splits}):
-            images = -(-self.space.batch // splits)
-            for number, axis in enumerate(self.space.axes):
-                tiles = plan.tiles[number]
-                # Blocks of every tile along the axis, and of every group.
-                beside = plan.grid // plan.splits // tiles // axis.dilation * splits
-                stretch = stretch_of(axis, self.demands.rows_are, plan.row_tile[number] * plan.warps[number])
-                others = tiles - stretch.count
-                for runs in _fewer(stretch.count):
-                    along = list(plan.tiles)
-                    along[number] = others + runs
-                    lines = beside * axis.dilation
-                    run = -(-stretch.count // runs) * images + setup
-                    time = _makespan(slots, lines * runs, run, lines * others, images + setup)
-                    walk = Walk(number, False, stretch.first, stretch.count, runs)
-                    grid = lines * (others + runs)
-                    cost = time * plan.cycles
-                    yield time, replace(plan, tiles=tuple(along), splits=splits, grid=grid, cost=cost, walk=walk)
-                longer = axis.length % axis.dilation or axis.dilation
-                shorter = axis.dilation - longer
-                longest_run = max(longer, shorter) if axis.dilation > 1 else 0
-                for first, runs in sorted({(-(-shorter // n), -(-longer // n)) for n in range(2, longest_run + 1)}):
-                    walk = Walk(number, True, first, longer, runs)
-                    blocks = beside * tiles * (first + runs)
-                    longest = max(-(-longer // runs), -(-shorter // max(1, first)))
-                    time = _makespan(slots, blocks, longest * images + setup)
-                    yield time, replace(plan, splits=splits, grid=blocks, cost=time * plan.cycles, walk=walk)
+        """``plan``, or where it spares time, with blocks that walk (fused_walk.py)."""
+        return (
+            walking(plan, self.space, self.device, _SETUP_CYCLES[plan.start_table]) if self.demands.may_walk else plan
+        )
 
     @staticmethod
     def rank(plan: Plan) -> tuple[float, ...]:
@@ -503,20 +459,6 @@ def _idleness(block: Block, chunk: tuple[int, int, int]) -> float:
 def _setup_images(draft: Draft, cycles: float) -> float:
     """Of a block, in images of ``cycles``."""
     return round(_SETUP_CYCLES[draft.columns.start_table] / cycles, 2)
-
-
-def _fewer(count: int) -> list[int]:
-    """Numbers of runs that share ``count`` tiles, some of them two at the least."""
-    return sorted({-(-count // longest) for longest in range(2, count + 1)})
-
-
-def _makespan(slots: int, blocks: int, time: float, short_blocks: int = 0, short: float = 1) -> float:
-    """Until the last of ``blocks`` that take ``time`` each, and of ``short_blocks`` that start after them, ends."""
-    if blocks >= 4 * slots:
-        return (blocks * time + short_blocks * short) / slots + time / 2
-    rounds = -(-blocks // slots)
-    fitting = (rounds * slots - blocks) * int(time / short)
-    return rounds * time + -(-max(0, short_blocks - fitting) // slots) * short
 
 
 @functools.lru_cache(maxsize=65536)

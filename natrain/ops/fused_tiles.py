@@ -6,7 +6,6 @@ The words (row, column, box, line, halo) are explained in csrc/fused/geometry.cu
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -93,45 +92,6 @@ def columns_of_rows(axis: Axis, n: int, rows: Rows) -> tuple[torch.Tensor, torch
     if rows == "keys":
         return of_key
     return torch.minimum(first, of_key[0]).minimum(row), torch.maximum(end, of_key[1]).maximum(row + 1)
-
-
-@dataclass(frozen=True)
-class Stretch:
-    """``count`` tiles of every dilation group, from ``first`` on, whose rows stand alike in their windows."""
-
-    first: int
-    count: int
-
-
-@functools.lru_cache(maxsize=65536)
-def stretch_of(axis: Axis, rows: Rows, tile: int) -> Stretch:
-    """The longest stretch of whole tiles of so many rows."""
-    first, end = 0, -(-axis.group_lengths[0] // tile)
-    for n in axis.group_lengths:
-        begin, count = _longest_run(_kinds_of_tiles(axis, n, rows, tile))
-        first, end = max(first, begin), min(end, begin + count)
-    return Stretch(first, max(0, end - first))
-
-
-def _kinds_of_tiles(axis: Axis, n: int, rows: Rows, tile: int) -> torch.Tensor:
-    """[whole tiles of a group of n positions, ...]: first and last columns of rows, from the tile's first row.
-
-    Of rows that are both, of either side: what both have together can repeat where the sides do not.
-    """
-    sides = ("queries", "keys") if rows == "both" else (rows,)
-    columns = torch.stack([x for side in sides for x in columns_of_rows(axis, n, side)])
-    columns = columns[:, : n // tile * tile].unflatten(1, (-1, tile))
-    return (columns - torch.arange(0, n // tile * tile, tile)[:, None]).transpose(0, 1).flatten(1)
-
-
-def _longest_run(kinds: torch.Tensor) -> tuple[int, int]:
-    """Where the most equal entries follow each other, and how many."""
-    if not len(kinds):
-        return 0, 0
-    changes = (kinds[1:] != kinds[:-1]).any(1).nonzero().flatten() + 1
-    starts = [0, *changes.tolist(), len(kinds)]
-    count, start = max((end - start, -start) for start, end in itertools.pairwise(starts))
-    return -start, count
 
 
 @functools.lru_cache(maxsize=65536)

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from natrain.bench.layers import LAYERS
-from natrain.ops import fused, fused_search, fused_tiles
+from natrain.ops import fused, fused_search, fused_tiles, fused_walk
 from natrain.ops.fused_forward_plan import choose_plan, forward_search
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
@@ -230,7 +230,7 @@ def test_the_tiles_of_a_stretch_are_alike(rows):
             axes.append(Axis(length, kernel, dilation, draw.randrange(1, kernel + 1), draw.random() < 0.3))
     for axis in axes:
         tile = 11 if axis is axes[0] else draw.choice([1, 2, 4, 8, 16, 48])
-        stretch = fused_tiles.stretch_of(axis, rows, tile)
+        stretch = fused_walk.stretch_of(axis, rows, tile)
         for n in set(axis.group_lengths):
             assert stretch.count == 0 or (stretch.first + stretch.count) * tile <= n
             for side in sides:

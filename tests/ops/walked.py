@@ -14,6 +14,7 @@ from natrain.ops.fused_forward_plan import choose_plan
 from natrain.ops.fused_gradient_plan import choose_gradient_plan
 from natrain.ops.fused_plan import Plan
 from natrain.ops.fused_search import Search
+from natrain.ops.fused_walk import walks
 from tests.ops.grid import Case
 
 
@@ -63,19 +64,19 @@ def walking(walked: Walked) -> Iterator[None]:
     taken: list[Plan] = []
 
     def walk(search: Search, plan: Plan) -> Plan:
-        batch = search.space.batch if walked.has_splits else 1
+        space, batch = search.space, search.space.batch if walked.has_splits else 1
         plans = [plan, *(other for other in search.plans() if other.threads in (32, 64))]
-        walks = [
+        ways = [
             found
             for other in sorted(plans, key=lambda plan: plan.cost)
-            for _, found in search._walks(replace(other, splits=batch, grid=other.grid // other.splits * batch), 0.5, 4)
+            for _, found in walks(replace(other, splits=batch, grid=other.grid // other.splits * batch), space, 0.5, 4)
             if (found.walk.axis, found.walk.is_over_groups) == (walked.axis, walked.over_groups)
             and found.splits == batch
         ]
         # What is preferred first; some kernels have no plan that comes in chunks, or no uneven runs.
-        walks.sort(key=lambda found: (found.resident != walked.is_resident, not found.walk.count % found.walk.runs))
-        taken.append(walks[0])
-        return walks[0]
+        ways.sort(key=lambda found: (found.resident != walked.is_resident, not found.walk.count % found.walk.runs))
+        taken.append(ways[0])
+        return ways[0]
 
     def one_pass(problem, device):
         return original(problem, device) if walked.one_pass and fused.can_take_one_pass(problem) else None
