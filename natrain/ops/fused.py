@@ -26,6 +26,7 @@ from natrain.jit import cuda
 from natrain.jit.build import BuildSpec
 from natrain.jit.driver import CudaKernel, can_overlap
 from natrain.ops.dropout import drop_threshold
+from natrain.ops.fused_device import device_ahead, device_of
 from natrain.ops.fused_forward_plan import choose_plan, demands_of_forward
 from natrain.ops.fused_gradient_plan import (
     choose_gradient_plan,
@@ -99,34 +100,6 @@ class _Part:
 @functools.cache
 def _load(source: str, name: str, defines: tuple[tuple[str, object], ...], device: int) -> CudaKernel:
     return cuda.load(source, name, dict(defines), device)
-
-
-@functools.lru_cache
-def device_of(index: int) -> Device:
-    """The GPU of that index, as plans know it."""
-    if index < 0:  # nothing to ask
-        return Device()
-    properties = torch.cuda.get_device_properties(index)
-    device = Device((properties.major, properties.minor), properties.multi_processor_count, tuned_as=properties.name)
-    # What a driver does not say is 0, and torch's older releases ask for none of these.
-    clock, memory_clock, bits = (
-        getattr(properties, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width")
-    )
-    if not (clock and memory_clock and bits):
-        return device
-    # Twice a cycle of the memory. Rounded, so that boards of one kind have one plan.
-    moved = 2 * memory_clock * bits / 8 / (clock * device.multiprocessors)
-    return replace(device, memory_bytes=round(moved, 1))
-
-
-def _device_ahead(capability: tuple[int, int]) -> Device:
-    """What is compiled for ahead of calls: the current GPU where it is of that capability."""
-    try:
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() == capability:
-            return device_of(torch.cuda.current_device())
-    except RuntimeError:  # it is another process's alone, or full: nothing that compiling needs
-        pass
-    return Device(capability)
 
 
 def device_for(problem: Problem, device: Device) -> Device:
@@ -394,7 +367,7 @@ class FusedCuda(FusedKernel):
         return reasons
 
     def build_specs(self, problem: Problem, arch: str) -> list[BuildSpec]:
-        device = _device_ahead(divmod(int("".join(filter(str.isdigit, arch))), 10))
+        device = device_ahead(divmod(int("".join(filter(str.isdigit, arch))), 10))
         span = problem.num_tokens * max(problem.heads * problem.head_dim, problem.kv_heads * problem.value_dim)
         # A packed projection's image spans three times as much as a tensor of its own.
         constants = _constants(problem, "int" if 3 * span < 2**31 else "long long")

@@ -40,7 +40,7 @@ def problem_of(spatial, heads, dilation=1, dtype=torch.bfloat16, head_dim=32, wi
 
 @pytest.fixture(autouse=True)
 def planned_for_an_h100(monkeypatch):
-    monkeypatch.setattr(fused, "_device_ahead", fused.Device)
+    monkeypatch.setattr(fused, "device_ahead", fused.Device)
 
 
 def specs(problem: Problem, arch: str):

@@ -264,7 +264,7 @@ def test_what_the_memory_moves_is_asked_of_the_gpu(more, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert fused._device_ahead((9, 0)).memory_bytes == expected and fused._device_ahead((8, 0)) == Device((8, 0))
+    assert fused.device_ahead((9, 0)).memory_bytes == expected and fused.device_ahead((8, 0)) == Device((8, 0))
     fused.device_of.cache_clear()
 
     # Compiling needs no GPU that can be used.
@@ -272,7 +272,7 @@ def test_what_the_memory_moves_is_asked_of_the_gpu(more, expected, monkeypatch):
         raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", refused)
-    assert fused._device_ahead((9, 0)) == Device()
+    assert fused.device_ahead((9, 0)) == Device()
 
 
 def test_faster_memory_changes_what_is_best():
