@@ -55,7 +55,7 @@ static_assert(!CHUNKED_X || step(2) == chunk(2));
 
 // Tiles whose rows stand alike in their windows, none at a border, share all that is relative to their halo: start values,
 // offsets, masks. So do equal tiles of dilation groups of one length. A block that walks over a *stretch* of them finds
-// these once. Few images are then as good as many.
+// these once, which spares time where images are few.
 constexpr int WALK = NATRAIN_WALK;
 constexpr bool WALKS = WALK < 3, WALKS_GROUPS = WALKS && NATRAIN_WALK_OVER;
 
